@@ -1,0 +1,19 @@
+"""``python -m megatron_patch``."""
+
+import sys
+
+from megatron_patch.run import USAGE, run
+
+
+def main() -> None:
+    """Hand the command line to the command it names."""
+    if sys.argv[1:2] == ["run"]:
+        run(sys.argv[2:])
+        return
+    asked = sys.argv[1:] in ([], ["-h"], ["--help"])
+    print(USAGE, file=sys.stdout if asked else sys.stderr)
+    sys.exit(0 if asked else 2)
+
+
+if __name__ == "__main__":
+    main()

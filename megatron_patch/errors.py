@@ -1,0 +1,41 @@
+"""What can go wrong because of something a user can change, in one text format.
+
+A `ConfigError` is printed as one line on rank 0 and ends the process with exit code 2 (see `run.py`).
+Programming errors stay plain exceptions with their tracebacks.
+"""
+
+
+class MegatronPatchError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+
+class ConfigError(MegatronPatchError, ValueError):
+    """A flag, file or combination of flags that cannot be honoured.
+
+    The text has the form ``<flag> <got>: expected <expected>; <fix>``.
+
+    Args:
+        flag: the flag, file or YAML key as the user typed it, e.g. ``"--base-hidden-size"``.
+        got: the offending value; `None` when the flag is missing altogether.
+        expected: what would have been accepted, e.g. ``"a positive integer"``.
+        fix: what to do now, an imperative sentence without a full stop.
+
+    >>> str(ConfigError("--alignment-interval", -1, "an integer >= 0", "give 0 to switch the metrics off"))
+    '--alignment-interval -1: expected an integer >= 0; give 0 to switch the metrics off'
+    """
+
+    def __init__(self, flag: str, got: object, expected: str, fix: str) -> None:
+        self.flag = flag
+        self.got = got
+        self.expected = expected
+        self.fix = fix
+        shown = "not given" if got is None else str(got)
+        super().__init__(f"{flag} {shown}: expected {expected}; {fix}".replace("\n", " "))
+
+
+class UpstreamChanged(MegatronPatchError):
+    """A Megatron symbol this package hooks is missing, has another signature, or was replaced by somebody else."""
+
+
+class AuditError(MegatronPatchError):
+    """The live optimizer does not hold the learning rate, weight decay or eps that the rule gives a parameter."""

@@ -1,0 +1,164 @@
+"""``python -m megatron_patch run``: install the hooks, then run an untouched Megatron script as ``__main__``."""
+
+import argparse
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_patch.errors import ConfigError, MegatronPatchError
+
+USAGE = """usage: python -m megatron_patch run [--config FILE.yaml] [SCRIPT.py] [Megatron's arguments] [our flags]
+
+SCRIPT.py is any Megatron training script, run untouched as if it had been started directly; without one, the project's
+own launch/pretrain_gpt.py. FILE.yaml holds flags (`num-layers: 4`); the command line wins over it.
+Example: deepspeed --num_gpus 2 --no_local_rank --module megatron_patch run --config configs/quickstart_proxy.yaml
+See all flags with: python -m megatron_patch run SCRIPT.py --help"""
+
+DEFAULT_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launch", "pretrain_gpt.py")
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]:
+    """Return (YAML file or None, script, the script's arguments) of what follows ``run``.
+
+    Raises:
+        ConfigError: --config without a file, or a script that does not exist.
+    """
+    rest = list(argv)
+    config = None
+    if rest and rest[0].partition("=")[0] == "--config":
+        first = rest.pop(0)
+        config = first.partition("=")[2] or (rest.pop(0) if rest and not rest[0].startswith("--") else "")
+        if not config:
+            raise ConfigError("--config", None, "a YAML file", "name the file after --config")
+    script = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_SCRIPT
+    if not os.path.isfile(script):
+        raise ConfigError(
+            "SCRIPT.py", script, "an existing Python file", "check the path (flags of Megatron begin with --)"
+        )
+    return config, script, rest
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Return the flags in a YAML file, with dashes or underscores in the names and without a leading ``--``.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or is no flat mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError("--config", path, "a readable file", f"check the path ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(
+            "--config", path, f"valid YAML{line}", f"correct it: {' '.join(str(error).split())}"
+        ) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError("--config", path, "a mapping of flag names to values", "write one `flag-name: value` a line")
+    flags: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).removeprefix("--").replace("_", "-")
+        if name in flags:
+            raise ConfigError(f"{path}: {key}", value, "each flag once", "delete one of the two")
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
+            raise ConfigError(
+                f"{path}: {key}", value, "a value or a list of values", "write the flags flat, as on a command line"
+            )
+        flags[name] = value
+    return flags
+
+
+def yaml_arguments(flags: Mapping[str, Any], parser: argparse.ArgumentParser, command_line: Sequence[str]) -> list[str]:
+    """Return the flags of a YAML file as a command line, leaving out those that `command_line` gives itself.
+
+    ``true`` is a bare flag; ``false`` and null leave it out, or give ``--no-flag`` where the parser has such a pair.
+    Keys that the parser does not know are passed on: the script may add arguments of its own. Where it does not,
+    `explain_unknown` turns the parser's complaint into one that names the key.
+    """
+    given = {word.partition("=")[0].replace("_", "-") for word in command_line if word.startswith("--")}
+    known = parser._option_string_actions  # argparse has no public way to ask
+    spelling = {option.replace("_", "-"): option for option in known}
+    arguments: list[str] = []
+    for name, value in flags.items():
+        option = spelling.get(f"--{name}", f"--{name}")
+        action = known.get(option)
+        alternatives = {o.replace("_", "-") for o in action.option_strings} if action else {option}
+        if value is None or alternatives & given:
+            continue
+        if isinstance(value, bool) and (action is None or action.nargs == 0):
+            if value:
+                arguments.append(option)
+            elif isinstance(action, argparse.BooleanOptionalAction):
+                arguments.append(next(o for o in action.option_strings if o.startswith("--no-")))
+        elif isinstance(value, list):
+            arguments += [option, *map(str, value)]
+        else:
+            arguments += [option, str(value)]
+    return arguments
+
+
+def explain_unknown(path: str, flags: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Make `parser` name the YAML file, the key and the nearest known key instead of an argument it does not know."""
+    original = parser.error
+
+    def error(message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            known = [option.removeprefix("--").replace("_", "-") for option in parser._option_string_actions]
+            for name, value in flags.items():
+                if name not in known and f"--{name}" in message.split():
+                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                    raise ConfigError(
+                        f"{path}: {name}", value, "a flag of Megatron or of megatron_patch", f"did you mean {near[0]}?"
+                    )
+        original(message)
+
+    parser.error = error  # type: ignore[method-assign]
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run what ``python -m megatron_patch run`` was given; exits the process with code 2 on a user's mistake."""
+    try:
+        _run(argv)
+    except MegatronPatchError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    path, script, arguments = split_command_line(argv)
+    flags = load_yaml(path) if path else {}
+    if "--cpu" in arguments or flags.get("cpu") is True:
+        from megatron_patch.upstream.cpu_platform import activate
+
+        activate()
+    # Only now: the CPU platform must be up before Megatron is imported.
+    from megatron_patch.upstream.hooks import check_version, install
+    from megatron_patch.upstream.patch import entry_hooks, megatron_parser
+
+    check_version("--allow-untested-megatron" in arguments or flags.get("allow-untested-megatron") is True)
+    installed = []
+    installed.append(install(entry_hooks(installed, lambda parser: explain_unknown(path or "", flags, parser))))
+    arguments = yaml_arguments(flags, megatron_parser(), arguments) + arguments
+    if "--cpu" in arguments:
+        from megatron_patch.upstream.cpu_platform import cpu_arguments
+
+        arguments, said = cpu_arguments(arguments)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(*said, sep="\n", flush=True)
+    # As if the script had been run directly: its own argv, its folder first on the path, __main__.
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    runpy.run_path(script, run_name="__main__")

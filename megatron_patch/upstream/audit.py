@@ -1,0 +1,241 @@
+"""The audit: what every live parameter is trained with, read back from the optimizer, against what the rule says."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.upstream.optimizer import Plan
+
+_TOLERANCE = 1e-9
+"""Relative; the live values are the planned ones up to the rounding of one or two float64 products."""
+
+IDENTIFIER_KEYS = (
+    "wd_mult",
+    "lr_mult",
+    "is_expert_parallel",
+    "is_decoupled_lr",
+    "max_lr",
+    "min_lr",
+    "start_wd",
+    "end_wd",
+)
+"""What Megatron matches saved and live param groups by (0.19's, a superset of earlier ones)."""
+
+_CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
+    ("width_scaling", "none"),
+    ("base_hidden_size", None),
+    ("base_ffn_hidden_size", None),
+    ("base_kv_projection_size", None),
+    ("base_moe_ffn_hidden_size", None),
+    ("base_moe_shared_expert_intermediate_size", None),
+    ("base_moe_latent_size", None),
+    ("base_q_lora_rank", None),
+    ("base_kv_lora_rank", None),
+    ("base_mamba_inner_size", None),
+    ("base_linear_attention_inner_size", None),
+    ("lr_width_exponent", None),
+    ("wd_width_exponent", None),
+    ("vector_lr", None),
+    ("embedding_weight_decay", None),
+    ("no_scale_output_layer", False),
+    ("scale_adam_eps", False),
+    ("use_mup", False),
+    ("extra_warmup", "none"),
+    ("extra_warmup_scope", "all"),
+    ("lr", None),
+    ("min_lr", None),
+    ("start_weight_decay", None),
+    ("end_weight_decay", None),
+    ("adam_eps", None),
+)
+
+
+def child_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizers inside Megatron's ChainedOptimizer that hold parameters on this rank."""
+    children = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [child for child in children if not getattr(child, "is_stub_optimizer", False)]
+
+
+def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
+    """Yield every live param group with the model parameters it trains on this rank.
+
+    Under the distributed optimizer these are the parameters of which this rank owns a slice.
+
+    Raises:
+        AuditError: an optimizer class whose parameters this package cannot trace.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for child in child_optimizers(optimizer):
+        groups = child.optimizer.param_groups
+        members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
+        if isinstance(child, DistributedOptimizer):
+            for parameter, (index, _) in child.model_param_group_index_map.items():
+                members[index].append(parameter)
+        elif isinstance(child, Float16OptimizerWithFloat16Params):
+            members = [a + b for a, b in zip(child.float16_groups, child.fp32_from_fp32_groups, strict=True)]
+        elif isinstance(child, FP32Optimizer):
+            members = [list(group["params"]) for group in groups]
+        else:
+            raise AuditError(
+                f"the optimizer {type(child).__module__}.{type(child).__qualname__} keeps its parameters in a way "
+                "megatron_patch cannot audit; use Adam with or without --use-distributed-optimizer"
+            )
+        yield from zip(groups, members, strict=True)
+
+
+def audit_build(plan: Plan, optimizer: Any) -> None:
+    """Prove that no two param groups can be confused on resume, and that every group holds what the rule says.
+
+    Raises:
+        AuditError: naming the parameter or the groups.
+    """
+    for child in child_optimizers(optimizer):
+        seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for group in child.optimizer.param_groups:
+            key = tuple(group.get(name) for name in IDENTIFIER_KEYS)
+            if key in seen:
+                raise AuditError(
+                    f"two param groups share lr_mult={group['lr_mult']}, wd_mult={group['wd_mult']} and Megatron would "
+                    "mix them up on resume (they differ only in keys it does not compare); for a layer with m = 1 use "
+                    "--extra-warmup-scope all"
+                )
+            seen[key] = group
+    audit_groups(plan, optimizer)
+
+
+def audit_groups(plan: Plan, optimizer: Any) -> None:
+    """Compare every parameter's live group with the plan: peak and minimum LR, weight decay, their product, eps.
+
+    Raises:
+        AuditError: naming the first parameter of this rank that differs, the field, the live and the planned value.
+    """
+    names = {id(p.parameter): p.spec.name for p in plan.parameters}
+    found: set[str] = set()
+    for group, parameters in live_groups(optimizer):
+        for parameter in parameters:
+            name = names.get(id(parameter))
+            if name is None:
+                raise AuditError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} unknown to the model"
+                )
+            if name in found:
+                raise AuditError(f"{name} is in two param groups")
+            found.add(name)
+            planned = plan.hyperparameters[name]
+            live = {
+                "max_lr": group["max_lr"],
+                "min_lr": group["min_lr"] or 0.0,
+                "wd_mult": group["wd_mult"],
+                "eps": group.get("eps", planned.eps),
+                "lr*weight_decay": group["max_lr"] * group["wd_mult"],
+            }
+            expected = {
+                "max_lr": planned.lr,
+                "min_lr": planned.min_lr,
+                "wd_mult": planned.factors.weight_decay,
+                "eps": planned.eps,
+                "lr*weight_decay": planned.lr * planned.factors.weight_decay,
+            }
+            _compare(name, plan.rule.name, live, expected)
+    sharded = any(hasattr(child, "model_param_group_index_map") for child in child_optimizers(optimizer))
+    missing = set(names.values()) - found
+    if missing and not sharded:
+        raise AuditError(f"{sorted(missing)[0]} is in no param group: the optimizer does not train it")
+
+
+def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
+    """Compare the LR and weight decay that the coming step will really use with the schedule times the plan's factors.
+
+    Raises:
+        AuditError: naming the parameter.
+    """
+    names = {id(p.parameter): p.spec.name for p in plan.parameters}
+    base_decay = scheduler.get_wd()
+    for group, parameters in live_groups(optimizer):
+        for parameter in parameters:
+            name = names[id(parameter)]
+            planned = plan.hyperparameters[name]
+            base_lr = scheduler.base_lr({"max_lr": planned.lr, "min_lr": planned.min_lr, "lr_mult": planned.factors.lr})
+            scoped = scheduler.warmup.scope == "all" or "width_dependent" in dict(plan.override_keys[name])
+            lr = base_lr * (scheduler.factor() if scoped else 1.0)
+            decay = base_decay * planned.factors.weight_decay
+            live_lr, live_decay = float(group["lr"]), float(group["weight_decay"])
+            _compare(
+                name,
+                plan.rule.name,
+                {"lr": live_lr, "weight_decay": live_decay, "lr*weight_decay": live_lr * live_decay},
+                {"lr": lr, "weight_decay": decay, "lr*weight_decay": lr * decay},
+            )
+
+
+def _compare(name: str, rule: str, live: Mapping[str, float], expected: Mapping[str, float]) -> None:
+    for field, value in expected.items():
+        if not math.isclose(live[field], value, rel_tol=_TOLERANCE, abs_tol=0.0):
+            raise AuditError(
+                f"{name}: the optimizer has {field} = {live[field]:.12g}, but --width-scaling {rule} gives {value:.12g}"
+            )
+
+
+def agree_on_errors(error: Exception | None) -> None:
+    """Raise on every rank if the audit failed on any, so that no rank waits for a peer that has stopped.
+
+    Raises:
+        AuditError: with the first failing rank's message.
+    """
+    if torch.distributed.is_initialized():
+        messages: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(messages, None if error is None else str(error))
+        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+        if failed:
+            raise AuditError(f"rank {failed[0][0]}: {failed[0][1]}")
+    elif error is not None:
+        raise error
+
+
+def refuse_other_checkpoint(saved: Any, args: Any) -> None:
+    """Compare the checkpoint's arguments with this run's before anything of it is loaded.
+
+    Args:
+        saved: the namespace stored in the checkpoint; flags it lacks had their defaults.
+        args: this run's.
+
+    Raises:
+        ConfigError: a diff of both, unless --override-width-scaling.
+    """
+    differences = []
+    for key, default in _CHECKPOINT_KEYS:
+        before, now = getattr(saved, key, default), getattr(args, key, default)
+        if before != now:
+            differences.append(f"--{key.replace('_', '-')}: {before} -> {now}")
+    if differences and not args.override_width_scaling:
+        raise ConfigError(
+            "--load",
+            args.load,
+            f"the hyperparameters of the checkpoint (checkpoint -> this run: {'; '.join(differences)})",
+            "give the checkpoint's values, or add --override-width-scaling to go on with the new ones",
+        )
+
+
+def adopt_live_groups(optimizer: Any) -> None:
+    """Make loading keep this run's param-group values and take only the optimizer state from the checkpoint.
+
+    For --override-width-scaling: Megatron matches groups by their LR and weight decay and would find no counterpart.
+    The state of every parameter is keyed by the parameter itself in Megatron's distributed checkpoints.
+    """
+    for child in child_optimizers(optimizer):
+        load = child.load_state_dict
+
+        def adopting(state_dict: dict[str, Any], child: Any = child, load: Any = load) -> None:
+            inner = state_dict["optimizer"] if "optimizer" in state_dict else state_dict
+            saved = inner["param_groups"]
+            step = {key: saved[0][key] for key in ("step",) if saved and key in saved[0]}
+            live = child.optimizer.state_dict()["param_groups"]
+            inner["param_groups"] = [{**group, **step} for group in live]
+            load(state_dict)
+
+        child.load_state_dict = adopting

@@ -1,0 +1,251 @@
+"""The argument group "width transfer" in Megatron's own parser, and its way into a `Settings` object."""
+
+import argparse
+import os
+import re
+from typing import Any
+
+from megatron_patch.config import (
+    BASE_DIMENSIONS,
+    INIT_SCALINGS,
+    SCOPES,
+    WARMUPS,
+    WIDTH_RULES,
+    MetricsConfig,
+    Settings,
+    WarmupConfig,
+    WidthConfig,
+    flag,
+)
+from megatron_patch.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add every flag of this package to `parser` and return it.
+
+    No flag may be called like a field of Megatron's config dataclasses: Megatron copies such attributes.
+    """
+    group = parser.add_argument_group(title="width transfer")
+    add = group.add_argument
+    add("--width-scaling", choices=WIDTH_RULES, default="none", help="rule for LR and weight decay across width")
+    add("--base-hidden-size", type=int, help="hidden size of the proxy; required by any rule but none")
+    for name, meaning in BASE_DIMENSIONS.items():
+        add(flag(f"base_{name}"), type=int, help=f"the proxy's {meaning}; default: the same ratio as the hidden sizes")
+    add("--lr-width-exponent", type=float, help="a of lr = base * m^-a; only with --width-scaling custom")
+    add("--wd-width-exponent", type=float, help="b of weight decay = base * m^b; only with --width-scaling custom")
+    add("--vector-lr", type=float, help="peak LR of embeddings, gains and biases; default: --lr")
+    add("--embedding-weight-decay", type=float, help="weight decay of embeddings; default: what the rule says")
+    add("--no-scale-output-layer", action="store_true", help="the LM head keeps the base LR and weight decay")
+    add("--scale-adam-eps", action="store_true", help="eps = --adam-eps * m^-a")
+    add(
+        "--init-scaling",
+        choices=INIT_SCALINGS,
+        default="megatron",
+        help="fan-in: std 1/sqrt(own global fan-in) for every linear layer, 1/sqrt(hidden) for embeddings",
+    )
+    add("--extra-warmup", choices=WARMUPS, default="none", help="factor 1/m -> 1 on top of the LR schedule")
+    add("--extra-warmup-iters", type=int, help="length of --extra-warmup exp in optimizer steps")
+    add("--extra-warmup-fraction", type=float, help="length of --extra-warmup exp as a fraction of the iterations")
+    add(
+        "--extra-warmup-scope",
+        choices=SCOPES,
+        default="all",
+        help="all parameters, or only those whose LR or weight decay depends on width",
+    )
+    add("--alignment-interval", type=int, default=0, help="measure alignment every N iterations; 0 = off")
+    add(
+        "--alignment-tokens",
+        type=int,
+        help="sampled tokens per data-parallel rank; default: 1/64 of the rank's tokens in a step, at least 64",
+    )
+    add("--alignment-layers", default=".*", help="regular expression: only layers whose name matches are measured")
+    add("--spectral-interval", type=int, default=0, help="measure top singular values every N iterations; 0 = off")
+    add("--metrics-dir", help="folder for our files; default: transfer/ under --save, else under --tensorboard-dir")
+    add(
+        "--override-width-scaling",
+        action="store_true",
+        help="resume although rule, base, exponents, LR or weight decay differ from the checkpoint's",
+    )
+    add("--cpu", action="store_true", help="run on CPU with gloo; refused where CUDA is present")
+    add(
+        "--allow-untested-megatron",
+        action="store_true",
+        help="try a Megatron version that this package was not tested with",
+    )
+    return parser
+
+
+def settings_from_args(args: Any) -> Settings:
+    """Return the settings in Megatron's namespace `args`; an attribute that is absent means its default.
+
+    Raises:
+        ConfigError: a setting, or a combination with one of Megatron's own, that cannot be honoured.
+    """
+
+    def get(name: str, default: Any = None) -> Any:
+        return getattr(args, name, default)
+
+    bases = {name: get(f"base_{name}") for name in BASE_DIMENSIONS}
+    width = WidthConfig(
+        rule=get("width_scaling", "none"),
+        base_hidden_size=get("base_hidden_size"),
+        base_dimensions={name: size for name, size in bases.items() if size is not None},
+        lr_exponent=get("lr_width_exponent"),
+        wd_exponent=get("wd_width_exponent"),
+        vector_lr=get("vector_lr"),
+        embedding_weight_decay=get("embedding_weight_decay"),
+        # Megatron's own muP never scales the LM head and always scales eps.
+        scale_output_layer=not (get("no_scale_output_layer", False) or get("use_mup", False)),
+        scale_adam_eps=get("scale_adam_eps", False) or bool(get("use_mup", False) and get("width_scaling") != "none"),
+        init_scaling=get("init_scaling", "megatron"),
+        override=get("override_width_scaling", False),
+    )
+    warmup = WarmupConfig(
+        kind=get("extra_warmup", "none"),
+        iters=get("extra_warmup_iters"),
+        fraction=get("extra_warmup_fraction"),
+        scope=get("extra_warmup_scope", "all"),
+    )
+    metrics = MetricsConfig(
+        alignment_interval=get("alignment_interval", 0),
+        alignment_tokens=get("alignment_tokens"),
+        alignment_layers=get("alignment_layers", ".*"),
+        spectral_interval=get("spectral_interval", 0),
+        directory=metrics_directory(args),
+        record=bool(get("metrics_dir")),
+    )
+    return Settings(width, warmup, metrics, cpu=get("cpu", False))
+
+
+def metrics_directory(args: Any) -> str | None:
+    """Return the folder for our files: --metrics-dir, else ``transfer/`` under --save, else under --tensorboard-dir."""
+    if getattr(args, "metrics_dir", None):
+        return str(args.metrics_dir)
+    parent = getattr(args, "save", None) or getattr(args, "tensorboard_dir", None)
+    return os.path.join(parent, "transfer") if parent else None
+
+
+def validate(args: Any) -> Settings:
+    """Check our flags against each other and against Megatron's, after Megatron's own validation.
+
+    Raises:
+        ConfigError: on the first setting that cannot be honoured.
+    """
+    settings = settings_from_args(args)
+    settings.validate()
+    try:
+        re.compile(settings.metrics.alignment_layers)
+    except re.error as error:
+        raise ConfigError(
+            "--alignment-layers", settings.metrics.alignment_layers, "a regular expression", f"correct it: {error}"
+        ) from None
+    if settings.active:
+        _check_optimizer(args)
+        _check_learning_rates(args, settings.width)
+        _check_initialisation(args, settings.width)
+        if getattr(args, "use_mup", False) and settings.width.active:
+            _check_mup(args, settings.width)
+    if settings.width.override and not getattr(args, "use_checkpoint_opt_param_scheduler", False):
+        # Megatron's scheduler compares its own peak LR and weight decay with the checkpoint's and would refuse.
+        args.override_opt_param_scheduler = True
+    return settings
+
+
+def _check_optimizer(args: Any) -> None:
+    """Refuse what takes another path to the parameters than the param groups this package audits."""
+    if args.optimizer != "adam":
+        raise ConfigError(
+            "--optimizer",
+            args.optimizer,
+            "adam with width scaling, extra warmups or metrics: the rules are derived for AdamW"
+            " and Muon-like optimizers carry width factors of their own",
+            "use --optimizer adam or drop the width-transfer flags",
+        )
+    if not getattr(args, "decoupled_weight_decay", True):
+        raise ConfigError(
+            "--no-decoupled-weight-decay / --apply-wd-to-gradients",
+            "given",
+            "decoupled weight decay (AdamW): with L2 the product of LR and weight decay has no meaning",
+            "drop that flag",
+        )
+    for name, spelling, reason in (
+        (
+            "use_megatron_fsdp",
+            "--use-megatron-fsdp",
+            "it rebuilds the parameters and drops the attributes the rules read",
+        ),
+        ("use_torch_fsdp2", "--use-torch-fsdp2", "it rebuilds the parameters and drops the attributes the rules read"),
+        ("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
+    ):
+        if getattr(args, name, False):
+            raise ConfigError(
+                spelling, "given", f"not together with the width-transfer flags: {reason}", "drop one of the two"
+            )
+    for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+        if (getattr(args, name, 1) or 1) > 1:
+            raise ConfigError(
+                "--tensor-parallel-num-weight-shards",
+                getattr(args, name),
+                "1 with the width-transfer flags: weights sharded a second time have no known fan-in",
+                "set it to 1 or drop the width-transfer flags",
+            )
+
+
+def _check_learning_rates(args: Any, width: WidthConfig) -> None:
+    if not width.active:
+        return
+    if args.lr is None or args.lr <= 0:
+        raise ConfigError("--lr", args.lr, "a positive base learning rate to scale", "give the proxy's LR")
+    if getattr(args, "decoupled_lr", None) is not None:
+        raise ConfigError(
+            "--decoupled-lr",
+            args.decoupled_lr,
+            "no second rule for the LR of embeddings and output layer, which the width rule already sets",
+            "use --vector-lr for the embeddings and --no-scale-output-layer for the LM head instead",
+        )
+    if width.vector_lr == 0:
+        raise ConfigError("--vector-lr", 0, "a positive learning rate", "freeze parameters in the model instead")
+
+
+def _check_initialisation(args: Any, width: WidthConfig) -> None:
+    if width.init_scaling != "fan-in":
+        return
+    for name, spelling in (
+        ("use_mup", "--use-mup"),
+        ("init_method_xavier_uniform", "--init-method-xavier-uniform"),
+        ("fp8_param_gather", "--fp8-param-gather"),
+        ("fp4_param_gather", "--fp4-param-gather"),
+    ):
+        if getattr(args, name, False):
+            raise ConfigError(
+                "--init-scaling",
+                "fan-in",
+                f"no {spelling}, which decides the initial weights in its own way",
+                f"drop {spelling} or --init-scaling fan-in",
+            )
+    if not getattr(args, "perform_initialization", True):
+        raise ConfigError(
+            "--init-scaling", "fan-in", "Megatron's initialisation switched on", "drop --no-initialization"
+        )
+
+
+def _check_mup(args: Any, width: WidthConfig) -> None:
+    """Megatron scales LR and eps by its one global m; this package then adds the weight decay only."""
+    exponent = {"standard": 1.0, "independent": 1.0, "sqrt-decay": 1.0, "no-decay": 1.0}.get(width.rule)
+    if width.rule == "custom":
+        exponent = width.lr_exponent
+    if exponent != 1.0:
+        raise ConfigError(
+            "--use-mup",
+            f"with --width-scaling {width.rule}",
+            "a rule whose LR exponent is 1 (standard, independent, sqrt-decay, no-decay): Megatron divides the LR by m",
+            "drop --use-mup or choose such a rule",
+        )
+    base = getattr(args, "mup_base_hidden_size", None)
+    if base != width.base_hidden_size:
+        raise ConfigError(
+            "--mup-base-hidden-size",
+            base,
+            f"the same as --base-hidden-size {width.base_hidden_size}",
+            "give both the hidden size of the proxy",
+        )

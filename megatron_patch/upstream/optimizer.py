@@ -1,0 +1,198 @@
+"""The width rule as Megatron's own `config_overrides`, and the initial weights by fan-in."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_patch.config import WidthConfig
+from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.theory.width import RULES, Multipliers, Rule, multipliers
+from megatron_patch.upstream.parameters import NamedParameter
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What one parameter is trained with, at the peak of the schedule."""
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+    """At the end of the weight-decay schedule (it is constant unless asked otherwise)."""
+    eps: float
+    factors: Multipliers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every parameter of this rank with its hyperparameters according to the rule."""
+
+    width: WidthConfig
+    rule: Rule
+    weight_decay: float
+    """lambda of the base model, at the end of the weight-decay schedule."""
+    parameters: tuple[NamedParameter, ...]
+    hyperparameters: Mapping[str, Hyperparameters]
+    """By global parameter name."""
+    override_keys: Mapping[str, tuple[tuple[str, float], ...]]
+    """By global parameter name: the sorted items of the param-group override the parameter needs."""
+
+
+def rule_of(width: WidthConfig) -> Rule:
+    """Return the rule with its exponents; those of custom come from the flags."""
+    if width.rule != "custom":
+        return RULES[width.rule]
+    assert width.lr_exponent is not None and width.wd_exponent is not None  # WidthConfig.validate
+    return Rule("custom", width.lr_exponent, width.wd_exponent, "--lr-width-exponent, --wd-width-exponent")
+
+
+def make_plan(
+    parameters: Sequence[NamedParameter],
+    width: WidthConfig,
+    config: Any,
+    weight_decay: float,
+    *,
+    use_mup: bool = False,
+    scope_key: bool = False,
+) -> Plan:
+    """Work out what the rule gives every parameter.
+
+    Args:
+        parameters: all trainable parameters of this rank.
+        width: the rule.
+        config: Megatron's OptimizerConfig: lr, min_lr, adam_eps, apply_wd_to_qk_layernorm.
+        weight_decay: lambda of the base model, at the end of the weight-decay schedule.
+        use_mup: Megatron's own --use-mup adds the overrides of LR and eps.
+        scope_key: mark the groups that depend on width, for a warmup that applies to those alone.
+
+    Raises:
+        ConfigError: a weight decay of embeddings without one to be a multiple of.
+        AuditError: the rule scales something, but no parameter of the model is matrix-like.
+    """
+    rule = rule_of(width)
+    if not any(p.spec.role in ("matrix", "output") for p in parameters) and parameters:
+        names = ", ".join(p.spec.name for p in parameters[:3])
+        raise AuditError(f"--width-scaling {rule.name} matches no parameter of this model (it has {names}, ...)")
+    base_min_lr = config.min_lr or 0.0
+    embedding_decay = width.embedding_weight_decay
+    if embedding_decay is not None and not weight_decay:
+        if embedding_decay:
+            raise ConfigError(
+                "--embedding-weight-decay",
+                embedding_decay,
+                "a --weight-decay above 0: Megatron keeps weight decays as multiples of it",
+                "give --weight-decay, or drop this flag",
+            )
+        embedding_decay = 1.0
+    elif embedding_decay is not None:
+        embedding_decay /= weight_decay
+    hyperparameters: dict[str, Hyperparameters] = {}
+    keys: dict[str, tuple[tuple[str, float], ...]] = {}
+    for p in parameters:
+        factors = multipliers(
+            rule,
+            p.spec.role,
+            p.spec.m,
+            vector_lr=1.0 if width.vector_lr is None else width.vector_lr / config.lr,
+            embedding_weight_decay=embedding_decay,
+            scale_output=width.scale_output_layer,
+            scale_eps=width.scale_adam_eps,
+        )
+        if p.spec.role == "vector" and config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name):
+            factors = Multipliers(factors.lr, 1.0 if rule.decays else 0.0, factors.eps)
+        hyperparameters[p.spec.name] = Hyperparameters(
+            lr=config.lr * factors.lr,
+            min_lr=base_min_lr * factors.lr,
+            weight_decay=weight_decay * factors.weight_decay,
+            eps=config.adam_eps * factors.eps,
+            factors=factors,
+        )
+        keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, scope_key).items()))
+    return Plan(width, rule, weight_decay, tuple(parameters), hyperparameters, keys)
+
+
+def _is_qk_layernorm(name: str) -> bool:
+    """The names that Megatron's --apply-wd-to-qk-layernorm exempts from its "no decay" for vectors."""
+    return "q_layernorm." in name or "k_layernorm." in name
+
+
+def _override(p: NamedParameter, factors: Multipliers, config: Any, use_mup: bool, scope_key: bool) -> dict[str, float]:
+    """Return the keys in which a parameter's group must differ from Megatron's default group."""
+    override: dict[str, float] = {}
+    if factors.lr != 1.0:
+        # `lr_mult` is in the key by which groups are matched on resume and nothing reads it: it keeps groups that
+        # differ in LR alone apart in every Megatron version.
+        override["lr_mult"] = factors.lr
+        if not use_mup:
+            override["max_lr"] = config.lr * factors.lr
+            override["min_lr"] = (config.min_lr or 0.0) * factors.lr
+    decayed_by_default = p.spec.role != "vector" or (config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name))
+    if decayed_by_default and factors.weight_decay != 1.0:
+        # Vectors are left to Megatron's own override, wd_mult=0: a second value for the same key is refused by it.
+        override["wd_mult"] = factors.weight_decay
+    if factors.eps != 1.0 and not use_mup:
+        override["eps"] = config.adam_eps * factors.eps
+    if scope_key and p.spec.role in ("matrix", "output"):
+        override["width_dependent"] = 1.0
+    return override
+
+
+def config_overrides(plan: Plan) -> dict[Any, Any]:
+    """Return the plan in Megatron's public form: a dict of ParamKey -> ParamGroupOverride.
+
+    Matching is by identity of the parameter, so that a rule matches exactly the parameters it was computed for.
+    """
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    members: dict[tuple[tuple[str, float], ...], set[int]] = {}
+    for p in plan.parameters:
+        key = plan.override_keys[p.spec.name]
+        if key:
+            members.setdefault(key, set()).add(id(p.parameter))
+    return {
+        # Predicates are compared by name alone: the name says everything the override says.
+        ParamKey(
+            with_name_predicate=ParamWithNamePredicate(
+                name="megatron_patch " + " ".join(f"{k}={v!r}" for k, v in key),
+                fn=lambda parameter, name, ids=frozenset(ids): id(parameter) in ids,
+            )
+        ): dict(key)
+        for key, ids in members.items()
+    }
+
+
+@torch.no_grad()
+def initialise_by_fan_in(parameters: Sequence[NamedParameter], config: Any) -> None:
+    """Rescale freshly built weights in place to std 1/sqrt(own global fan-in), embeddings to 1/sqrt(hidden).
+
+    Megatron drew every weight as N(0, s^2) with one of three known s, the same global matrix at any tensor-parallel
+    size under its own random-number discipline; multiplying by std/s keeps both properties.
+
+    Args:
+        parameters: all trainable parameters of this rank, before any optimizer copied them.
+        config: the model's TransformerConfig (init_method_std, embedding_init_method_std, num_layers, ...).
+
+    Raises:
+        AuditError: a weight whose RMS is none of the stds that Megatron uses, so that its factor is unknown.
+
+    Source: arXiv 2510.19093, G.3.
+    """
+    depth = 2.0 if not getattr(config, "is_hybrid_model", False) else 1.0
+    stds = [config.init_method_std, config.init_method_std / math.sqrt(depth * config.num_layers)]
+    if getattr(config, "embedding_init_method_std", None):
+        stds.append(config.embedding_init_method_std)
+    for p in parameters:
+        if p.spec.role == "vector" or ".conv1d." in p.spec.name:
+            continue
+        weight = p.parameter.data
+        rms = weight.float().square().mean().sqrt().item()
+        drawn = min(stds, key=lambda s: abs(math.log(max(rms, 1e-30) / s)))
+        # Six standard errors of the RMS of a Gaussian sample of this size, and bf16's rounding.
+        if abs(rms / drawn - 1) > 6 / math.sqrt(2 * weight.numel()) + 0.01:
+            raise AuditError(
+                f"--init-scaling fan-in: {p.spec.name} has RMS {rms:.4g}, which is none of Megatron's initial stds "
+                f"{', '.join(f'{s:.4g}' for s in stds)}; drop --init-scaling or initialise this layer in the model"
+            )
+        weight.mul_(1 / math.sqrt(p.spec.fan_in) / drawn)

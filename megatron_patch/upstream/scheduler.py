@@ -1,0 +1,159 @@
+"""Megatron's scheduler times the extra warmup factor, with the factor's state in the checkpoint."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_patch.config import Settings
+from megatron_patch.errors import ConfigError
+from megatron_patch.theory.schedules import decay_away, decay_away_step, exp_increasing
+
+_STATE_KEY = "megatron_patch"
+
+
+def warmup_steps(settings: Settings, args: Any) -> int:
+    """Return T_W of the exp warmup in optimizer steps; 0 for the other kinds.
+
+    `args.train_iters` is read late: for --train-samples Megatron works it out, batch-size ramp-up included, just
+    before it builds the scheduler.
+    """
+    if settings.warmup.kind != "exp":
+        return 0
+    if settings.warmup.iters is not None:
+        return settings.warmup.iters
+    assert settings.warmup.fraction is not None  # WarmupConfig.validate
+    return math.ceil(settings.warmup.fraction * args.train_iters)
+
+
+@dataclass(frozen=True)
+class ExtraWarmup:
+    """What the scheduler multiplies Megatron's schedule with."""
+
+    kind: str = "none"
+    scope: str = "all"
+    m: float = 1.0
+    """Width multiplier of the hidden size."""
+    steps: int = 0
+    """T_W of exp, in optimizer steps."""
+    accept_other_checkpoints: bool = False
+
+
+class WidthTransferScheduler(OptimizerParamScheduler):
+    """`OptimizerParamScheduler` whose LR is multiplied by the extra warmup factor f_t.
+
+    Optimizer steps are counted by this class, t = 0 for the first update, because Megatron's `num_steps` counts samples
+    and the batch size may ramp up. Skipped updates (fp16 overflow) do not call `step`, so they do not count.
+
+    Source: arXiv 2510.19093, eqs. 14 (exp) and 15 (decay-away).
+    """
+
+    def __init__(self, *args: Any, warmup: ExtraWarmup, **kwargs: Any) -> None:
+        # Before the base class, whose constructor computes the first LR.
+        self.warmup = warmup
+        self.optimizer_steps = 0
+        self.decay_product = 1.0
+        self._loading = False
+        super().__init__(*args, **kwargs)
+
+    def factor(self) -> float:
+        """Return f_t of the coming optimizer step: 1/m at the start, 1 in the end, never above 1."""
+        if self.warmup.kind == "exp":
+            return exp_increasing(self.optimizer_steps, self.warmup.steps, self.warmup.m)
+        if self.warmup.kind == "decay-away":
+            return decay_away(self.decay_product, self.warmup.m)
+        return 1.0
+
+    def base_lr(self, param_group: dict[str, Any] | None = None) -> float:
+        """Return the LR of Megatron's own schedule for a group, without f_t; for no group, that of the base LR."""
+        group = param_group or {}
+        # init_lr is one number for all groups; scaled like the peak it keeps their ratios during Megatron's warmup.
+        init_lr = self.init_lr
+        self.init_lr = init_lr * group.get("lr_mult", 1.0)
+        try:
+            return super().get_lr(group)
+        finally:
+            self.init_lr = init_lr
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Return the LR of a group: Megatron's schedule times f_t."""
+        lr = self.base_lr(param_group)
+        if self.warmup.scope == "width-dependent" and "width_dependent" not in param_group:
+            return lr
+        return lr * self.factor()
+
+    def step(self, increment: int) -> None:
+        """Advance the schedule by `increment` samples; by one optimizer step, if the increment is not zero."""
+        if increment > 0 and not self._loading:
+            self.decay_product = decay_away_step(self.decay_product, self.base_lr(), self.get_wd())
+            self.optimizer_steps += 1
+        super().step(increment)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return Megatron's state and, under a key of its own, the warmup's."""
+        state = super().state_dict()
+        if self.warmup.kind != "none":
+            state[_STATE_KEY] = {
+                "optimizer_steps": self.optimizer_steps,
+                "decay_product": self.decay_product,
+                "warmup_steps": self.warmup.steps,
+            }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both.
+
+        Raises:
+            ConfigError: the checkpoint has no state of the extra warmup, or one of another length.
+        """
+        saved = state_dict.get(_STATE_KEY)
+        if self.warmup.kind != "none" and not self.warmup.accept_other_checkpoints:
+            if saved is None:
+                raise ConfigError(
+                    "--extra-warmup",
+                    self.warmup.kind,
+                    "a checkpoint that was saved with it: this one has no state of an extra warmup",
+                    "drop the flag, or add --override-width-scaling to start the warmup at this checkpoint",
+                )
+            if self.warmup.kind == "exp" and saved["warmup_steps"] != self.warmup.steps:
+                raise ConfigError(
+                    "--extra-warmup-iters/--extra-warmup-fraction",
+                    f"= {self.warmup.steps} steps",
+                    f"{saved['warmup_steps']} steps, as in the checkpoint",
+                    "give the checkpoint's length, or add --override-width-scaling",
+                )
+        if saved is not None:
+            self.optimizer_steps = saved["optimizer_steps"]
+            self.decay_product = saved["decay_product"]
+        # The base class replays the whole past as one step, which is no optimizer step.
+        self._loading = True
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._loading = False
+        # It also writes the LRs before it restores the weight-decay schedule.
+        self.step(0)
+
+
+def scheduler_factory(settings: Settings, get_args: Callable[[], Any]) -> Callable[..., WidthTransferScheduler]:
+    """Return what replaces Megatron's scheduler class: a constructor with the same parameters.
+
+    Args:
+        settings: the warmup and the rule.
+        get_args: Megatron's `get_args`, called when the scheduler is built.
+    """
+
+    def build(*args: Any, **kwargs: Any) -> WidthTransferScheduler:
+        arguments = get_args()
+        warmup = ExtraWarmup(
+            kind=settings.warmup.kind,
+            scope=settings.warmup.scope,
+            m=arguments.hidden_size / (settings.width.base_hidden_size or arguments.hidden_size),
+            steps=warmup_steps(settings, arguments),
+            accept_other_checkpoints=settings.width.override,
+        )
+        return WidthTransferScheduler(*args, warmup=warmup, **kwargs)
+
+    return build
