@@ -145,11 +145,11 @@ def _run(argv: Sequence[str]) -> None:
 
         activate()
     # Only now: the CPU platform must be up before Megatron is imported.
-    from megatron_patch.upstream.hooks import check_version, install
+    from megatron_patch.upstream.hooks import Installation, check_version, install
     from megatron_patch.upstream.patch import entry_hooks, megatron_parser
 
     check_version("--allow-untested-megatron" in arguments or flags.get("allow-untested-megatron") is True)
-    installed = []
+    installed: list[Installation] = []
     installed.append(install(entry_hooks(installed, lambda parser: explain_unknown(path or "", flags, parser))))
     arguments = yaml_arguments(flags, megatron_parser(), arguments) + arguments
     if "--cpu" in arguments:

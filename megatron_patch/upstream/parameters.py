@@ -99,14 +99,13 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
-def global_names(chunk: torch.nn.Module, num_experts: int | None, expert_rank: int) -> dict[str, str]:
+def global_names(chunk: torch.nn.Module, expert_rank: int) -> dict[str, str]:
     """Map the local name of every module and parameter of one model chunk to its name in the whole model.
 
     Layers are counted over all pipeline stages, experts over all expert-parallel ranks; wrappers are gone.
 
     Args:
         chunk: one element of Megatron's list of model chunks, wrapped or not.
-        num_experts: experts of the whole model, `None` for a dense one.
         expert_rank: this rank's place in the expert-parallel group.
     """
     offsets: dict[str, int] = {}
@@ -120,17 +119,17 @@ def global_names(chunk: torch.nn.Module, num_experts: int | None, expert_rank: i
 
     def renumber(name: str) -> str:
         parts = name.split(".")
-        for i in range(1, len(parts)):
+        for i, part in enumerate(name.split(".")):
             parent = ".".join(name.split(".")[:i])
-            if parts[i].isdigit() and parent in offsets:
-                parts[i] = str(int(parts[i]) + offsets[parent])
-            if parent in local_experts and num_experts:
-                first = expert_rank * local_experts[parent]
-                if parts[i] == "local_experts":
-                    parts[i + 1] = str(int(parts[i + 1]) + first)
-                elif grouped := re.fullmatch(r"(weight|bias)(\d+)", parts[-1]):
-                    parts[-1] = f"{grouped[1]}{int(grouped[2]) + first}"
-                    break
+            if part.isdigit() and parent in offsets:
+                parts[i] = str(int(part) + offsets[parent])
+            elif part.isdigit() and parent.removesuffix(".local_experts") in local_experts:
+                # Each expert a module of its own: experts.local_experts.<i>.linear_fc1.weight
+                parts[i] = str(int(part) + expert_rank * local_experts[parent.removesuffix(".local_experts")])
+            elif parent.rpartition(".")[0] in local_experts and (grouped := re.fullmatch(r"(weight|bias)(\d+)", part)):
+                # All experts in one module: experts.linear_fc1.weight<i>
+                first = expert_rank * local_experts[parent.rpartition(".")[0]]
+                parts[i] = f"{grouped[1]}{int(grouped[2]) + first}"
         return unwrapped_name(".".join(parts))
 
     names = [name for name, _ in chunk.named_modules() if name] + [name for name, _ in chunk.named_parameters()]
@@ -169,10 +168,9 @@ def describe(
     """
     dimensions = config_dimensions(config)
     bases = base_dimensions(width, dimensions)
-    num_experts = getattr(config, "num_moe_experts", None)
-    expert_rank = groups.get_expert_model_parallel_rank() if num_experts else 0
+    expert_rank = groups.get_expert_model_parallel_rank() if getattr(config, "num_moe_experts", None) else 0
     for chunk in model:
-        names = global_names(chunk, num_experts, expert_rank)
+        names = global_names(chunk, expert_rank)
         modules = dict(chunk.named_modules())
         for local_name, parameter in chunk.named_parameters():
             if not parameter.requires_grad:

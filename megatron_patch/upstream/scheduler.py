@@ -25,7 +25,7 @@ def warmup_steps(settings: Settings, args: Any) -> int:
     if settings.warmup.iters is not None:
         return settings.warmup.iters
     assert settings.warmup.fraction is not None  # WarmupConfig.validate
-    return math.ceil(settings.warmup.fraction * args.train_iters)
+    return math.ceil(settings.warmup.fraction * int(args.train_iters))
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ExtraWarmup:
     accept_other_checkpoints: bool = False
 
 
-class WidthTransferScheduler(OptimizerParamScheduler):
+class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     """`OptimizerParamScheduler` whose LR is multiplied by the extra warmup factor f_t.
 
     Optimizer steps are counted by this class, t = 0 for the first update, because Megatron's `num_steps` counts samples
@@ -70,10 +70,10 @@ class WidthTransferScheduler(OptimizerParamScheduler):
         """Return the LR of Megatron's own schedule for a group, without f_t; for no group, that of the base LR."""
         group = param_group or {}
         # init_lr is one number for all groups; scaled like the peak it keeps their ratios during Megatron's warmup.
-        init_lr = self.init_lr
+        init_lr: float = self.init_lr
         self.init_lr = init_lr * group.get("lr_mult", 1.0)
         try:
-            return super().get_lr(group)
+            return float(super().get_lr(group))
         finally:
             self.init_lr = init_lr
 
@@ -93,7 +93,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return Megatron's state and, under a key of its own, the warmup's."""
-        state = super().state_dict()
+        state: dict[str, Any] = super().state_dict()
         if self.warmup.kind != "none":
             state[_STATE_KEY] = {
                 "optimizer_steps": self.optimizer_steps,

@@ -1,0 +1,36 @@
+# make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures
+# make test         set up and run the whole test suite
+# make lint bench   what their names say
+# Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
+
+SHELL := bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell .ci/find_python)
+
+.PHONY: setup quickstart test lint bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml .ci/find_python
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.12 or newer found; install one or call make PYTHON=/path/to/python3.12"; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+quickstart: setup
+	launch/quickstart.sh
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/patch_overhead.py
+
+clean:
+	rm -rf $(VENV) runs
