@@ -196,6 +196,20 @@ class MetricsConfig:
             raise ConfigError(
                 "--alignment-tokens", self.alignment_tokens, "a positive integer", "give a number of tokens"
             )
+        if self.alignment_tokens is not None and self.alignment_interval == 0:
+            raise ConfigError(
+                "--alignment-tokens",
+                self.alignment_tokens,
+                "an --alignment-interval at which to sample them",
+                "add --alignment-interval or drop this flag",
+            )
+        if self.alignment_layers != ".*" and not self.active:
+            raise ConfigError(
+                "--alignment-layers",
+                self.alignment_layers,
+                "an --alignment-interval or --spectral-interval at which to measure them",
+                "add one of the two or drop this flag",
+            )
         if self.active and self.directory is None:
             raise ConfigError(
                 "--metrics-dir", None, "a folder for alignment.jsonl", "give --metrics-dir, --save or --tensorboard-dir"
@@ -216,6 +230,7 @@ class Settings:
         """Whether anything beyond Megatron's own behaviour was asked for."""
         return (
             self.width.active
+            or self.width.override
             or self.width.init_scaling != "megatron"
             or self.warmup.active
             or self.metrics.active

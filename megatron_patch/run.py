@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import os
+import re
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -43,18 +44,22 @@ def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]
     return config, script, rest
 
 
+_FLAG_NAME = re.compile(r"[A-Za-z][^\s=]*")
+
+
 def load_yaml(path: str) -> dict[str, Any]:
     """Return the flags in a YAML file, with dashes or underscores in the names and without a leading ``--``.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML, or is no flat mapping.
+        ConfigError: the file cannot be read, is no YAML, or is no flat mapping with each flag once.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            text = file.read()
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError("--config", path, "a readable file", f"check the path ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2001-02-30
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise ConfigError(
@@ -65,11 +70,25 @@ def load_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError("--config", path, "a mapping of flag names to values", "write one `flag-name: value` a line")
     flags: dict[str, Any] = {}
+    # The keys as they stand in the file: PyYAML keeps the last of equal ones without a word.
+    root = yaml.compose(text, yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)
+    written = [(str(key.value), key.start_mark.line + 1) for key, _ in root.value]
+    lines: dict[str, int] = {}
+    for key, line in written:
+        name = _flag_name(key)
+        if name in lines:
+            raise ConfigError(
+                f"{path}: {key}", f"at line {line}", f"each flag once, and line {lines[name]} has it", "delete one"
+            )
+        lines[name] = line
     for key, value in content.items():
-        name = str(key).removeprefix("--").replace("_", "-")
-        if name in flags:
-            raise ConfigError(f"{path}: {key}", value, "each flag once", "delete one of the two")
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
+        name = _flag_name(str(key))
+        if not isinstance(key, str) or not _FLAG_NAME.fullmatch(name):
+            raise ConfigError(f"{path}: {key}", value, "the name of a flag before the colon", "correct or quote it")
+        if isinstance(value, (dict, set)) or (
+            isinstance(value, list) and any(isinstance(v, (dict, set, list, tuple)) for v in value)
+        ):
             raise ConfigError(
                 f"{path}: {key}", value, "a value or a list of values", "write the flags flat, as on a command line"
             )
@@ -77,51 +96,75 @@ def load_yaml(path: str) -> dict[str, Any]:
     return flags
 
 
+def _flag_name(text: str) -> str:
+    """``--num_layers`` -> ``num-layers``."""
+    return text.removeprefix("--").replace("_", "-")
+
+
+def _known_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the options of a parser by `_flag_name`."""
+    # argparse has no public way to ask.
+    return {_flag_name(option): option for option in parser._option_string_actions if option.startswith("--")}
+
+
 def yaml_arguments(flags: Mapping[str, Any], parser: argparse.ArgumentParser, command_line: Sequence[str]) -> list[str]:
     """Return the flags of a YAML file as a command line, leaving out those that `command_line` gives itself.
 
     ``true`` is a bare flag; ``false`` and null leave it out, or give ``--no-flag`` where the parser has such a pair.
     Keys that the parser does not know are passed on: the script may add arguments of its own. Where it does not,
-    `explain_unknown` turns the parser's complaint into one that names the key.
+    `explain_unknown` names the key.
+
+    Raises:
+        ConfigError: true or false for a flag that takes a value, a value for one that takes none, or several for one.
     """
-    given = {word.partition("=")[0].replace("_", "-") for word in command_line if word.startswith("--")}
-    known = parser._option_string_actions  # argparse has no public way to ask
-    spelling = {option.replace("_", "-"): option for option in known}
+    given = {_flag_name(word.partition("=")[0]) for word in command_line if word.startswith("--")}
+    known = _known_flags(parser)
     arguments: list[str] = []
     for name, value in flags.items():
-        option = spelling.get(f"--{name}", f"--{name}")
-        action = known.get(option)
-        alternatives = {o.replace("_", "-") for o in action.option_strings} if action else {option}
+        option = known.get(name, f"--{name}")
+        action = parser._option_string_actions.get(option)
+        alternatives = {_flag_name(o) for o in action.option_strings} if action else {name}
         if value is None or alternatives & given:
             continue
-        if isinstance(value, bool) and (action is None or action.nargs == 0):
+        if action and (action.nargs == 0) != isinstance(value, bool):
+            expected = "true or false, since it takes no value" if action.nargs == 0 else "a value, since it takes one"
+            raise ConfigError(option, value, expected, "correct the YAML file (null leaves a flag out)")
+        if isinstance(value, bool):
             if value:
                 arguments.append(option)
-            elif isinstance(action, argparse.BooleanOptionalAction):
+            elif isinstance(action, argparse.BooleanOptionalAction) and not name.startswith("no-"):
                 arguments.append(next(o for o in action.option_strings if o.startswith("--no-")))
         elif isinstance(value, list):
+            if action and action.nargs is None:
+                raise ConfigError(option, value, "one value", "correct the YAML file")
             arguments += [option, *map(str, value)]
+        elif str(value).startswith("-"):
+            arguments.append(f"{option}={value}")  # in a word of its own it would be taken for a flag
         else:
             arguments += [option, str(value)]
     return arguments
 
 
 def explain_unknown(path: str, flags: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
-    """Make `parser` name the YAML file, the key and the nearest known key instead of an argument it does not know."""
-    original = parser.error
+    """Make `parser` refuse keys of the YAML file that neither Megatron nor the script knows, naming the nearest.
 
-    def error(message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments"):
-            known = [option.removeprefix("--").replace("_", "-") for option in parser._option_string_actions]
-            for name, value in flags.items():
-                if name not in known and f"--{name}" in message.split():
-                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                    raise ConfigError(
-                        f"{path}: {name}", value, "a flag of Megatron or of megatron_patch", f"did you mean {near[0]}?"
-                    )
-        original(message)
+    That is known when the arguments are parsed and no sooner, for the script adds its own to Megatron's parser.
+    """
+    original = parser.parse_args
 
-    parser.error = error  # type: ignore[method-assign]
+    def parse_args(args: Any = None, namespace: Any = None) -> Any:
+        known = _known_flags(parser)
+        for name, value in flags.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise ConfigError(
+                    f"{path}: {name}", value, "a flag of Megatron or of megatron_patch", f"did you mean {near[0]}?"
+                )
+        words = list(sys.argv[1:] if args is None else args)
+        spelled = {f"--{name}": known[name] for name in flags}  # a script's own flags may have underscores
+        return original([spelled.get(word, word) for word in words], namespace)
+
+    parser.parse_args = parse_args  # type: ignore[method-assign]
 
 
 def run(argv: Sequence[str]) -> None:
@@ -158,7 +201,8 @@ def _run(argv: Sequence[str]) -> None:
         arguments, said = cpu_arguments(arguments)
         if int(os.environ.get("RANK", "0")) == 0:
             print(*said, sep="\n", flush=True)
-    # As if the script had been run directly: its own argv, its folder first on the path, __main__.
+    # As if the script had been run directly: its own argv, its folder first on the path, __main__ with a full path.
+    script = os.path.abspath(script)
     sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")

@@ -86,8 +86,10 @@ def settings_from_args(args: Any) -> Settings:
         return getattr(args, name, default)
 
     bases = {name: get(f"base_{name}") for name in BASE_DIMENSIONS}
+    rule = get("width_scaling", "none")
+    megatrons_mup = bool(get("use_mup", False)) and rule != "none"
     width = WidthConfig(
-        rule=get("width_scaling", "none"),
+        rule=rule,
         base_hidden_size=get("base_hidden_size"),
         base_dimensions={name: size for name, size in bases.items() if size is not None},
         lr_exponent=get("lr_width_exponent"),
@@ -95,8 +97,8 @@ def settings_from_args(args: Any) -> Settings:
         vector_lr=get("vector_lr"),
         embedding_weight_decay=get("embedding_weight_decay"),
         # Megatron's own muP never scales the LM head and always scales eps.
-        scale_output_layer=not (get("no_scale_output_layer", False) or get("use_mup", False)),
-        scale_adam_eps=get("scale_adam_eps", False) or bool(get("use_mup", False) and get("width_scaling") != "none"),
+        scale_output_layer=not (get("no_scale_output_layer", False) or megatrons_mup),
+        scale_adam_eps=get("scale_adam_eps", False) or megatrons_mup,
         init_scaling=get("init_scaling", "megatron"),
         override=get("override_width_scaling", False),
     )
@@ -143,7 +145,7 @@ def validate(args: Any) -> Settings:
         _check_optimizer(args)
         _check_learning_rates(args, settings.width)
         _check_initialisation(args, settings.width)
-        if getattr(args, "use_mup", False) and settings.width.active:
+        if getattr(args, "use_mup", False):
             _check_mup(args, settings.width)
     if settings.width.override and not getattr(args, "use_checkpoint_opt_param_scheduler", False):
         # Megatron's scheduler compares its own peak LR and weight decay with the checkpoint's and would refuse.

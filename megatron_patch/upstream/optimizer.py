@@ -91,15 +91,19 @@ def make_plan(
     hyperparameters: dict[str, Hyperparameters] = {}
     keys: dict[str, tuple[tuple[str, float], ...]] = {}
     for p in parameters:
-        factors = multipliers(
-            rule,
-            p.spec.role,
-            p.spec.m,
-            vector_lr=1.0 if width.vector_lr is None else width.vector_lr / config.lr,
-            embedding_weight_decay=embedding_decay,
-            scale_output=width.scale_output_layer,
-            scale_eps=width.scale_adam_eps,
+        factors, at_base_width = (
+            multipliers(
+                rule,
+                p.spec.role,
+                m,
+                vector_lr=1.0 if width.vector_lr is None else width.vector_lr / config.lr,
+                embedding_weight_decay=embedding_decay,
+                scale_output=width.scale_output_layer,
+                scale_eps=width.scale_adam_eps,
+            )
+            for m in (p.spec.m, 1.0)
         )
+        width_dependent = scope_key and factors != at_base_width
         if p.spec.role == "vector" and config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name):
             factors = Multipliers(factors.lr, 1.0 if rule.decays else 0.0, factors.eps)
         hyperparameters[p.spec.name] = Hyperparameters(
@@ -109,7 +113,7 @@ def make_plan(
             eps=config.adam_eps * factors.eps,
             factors=factors,
         )
-        keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, scope_key).items()))
+        keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, width_dependent).items()))
     return Plan(width, rule, weight_decay, tuple(parameters), hyperparameters, keys)
 
 
@@ -118,7 +122,9 @@ def _is_qk_layernorm(name: str) -> bool:
     return "q_layernorm." in name or "k_layernorm." in name
 
 
-def _override(p: NamedParameter, factors: Multipliers, config: Any, use_mup: bool, scope_key: bool) -> dict[str, float]:
+def _override(
+    p: NamedParameter, factors: Multipliers, config: Any, use_mup: bool, width_dependent: bool
+) -> dict[str, float]:
     """Return the keys in which a parameter's group must differ from Megatron's default group."""
     override: dict[str, float] = {}
     if factors.lr != 1.0:
@@ -134,7 +140,7 @@ def _override(p: NamedParameter, factors: Multipliers, config: Any, use_mup: boo
         override["wd_mult"] = factors.weight_decay
     if factors.eps != 1.0 and not use_mup:
         override["eps"] = config.adam_eps * factors.eps
-    if scope_key and p.spec.role in ("matrix", "output"):
+    if width_dependent:
         override["width_dependent"] = 1.0
     return override
 

@@ -145,10 +145,18 @@ def role_of(name: str, parameter: torch.nn.Parameter) -> Role:
     if parameter.dim() <= 1 or name.endswith(".bias"):
         return "vector"
     if name.startswith("output_layer.") or ".output_layer." in name:
-        return "embedding" if getattr(parameter, "shared_embedding", False) else "output"
+        return "embedding" if _is_tied_copy(name, parameter) else "output"
     if re.search(r"(^|\.)(word|position|tokentype)_embeddings?\.", name):
         return "embedding"
     return "matrix"
+
+
+def _is_tied_copy(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether this is the last pipeline stage's copy of a word embedding that is tied to the LM head.
+
+    In the whole model the two are one parameter, the embedding's.
+    """
+    return "output_layer." in name and getattr(parameter, "shared_embedding", False)
 
 
 def describe(
@@ -176,6 +184,8 @@ def describe(
             if not parameter.requires_grad:
                 continue
             name = names[local_name]
+            if _is_tied_copy(name, parameter):
+                name = name.replace("output_layer.", "embedding.word_embeddings.")
             is_expert = ".experts." in name and ".shared_experts." not in name
             tp = (
                 groups.get_expert_tensor_parallel_world_size()

@@ -32,6 +32,7 @@ from megatron_patch.upstream.record import (
     live_values,
     parameter_classes,
 )
+from megatron_patch.upstream.step import AlignmentMonitor, check_supported, watch
 from megatron_patch.upstream.wheel import skip_compile_helpers
 
 _TRAINING = "megatron.training.training"
@@ -71,6 +72,8 @@ def entry_hooks(
             result = original(*args, **kwargs)
             namespace = argument(original, "args", args, kwargs)
             settings = flags.validate(namespace)
+            if settings.metrics.active:
+                check_supported(namespace)
             if settings.active:
                 installed.append(install(feature_hooks(settings)))
             return result
@@ -232,12 +235,12 @@ class _Run:
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
             model, optimizer, scheduler = result = original(*args, **kwargs)
             if optimizer is not None:
-                self._after_setup(optimizer, scheduler)
+                self._after_setup(model, optimizer, scheduler)
             return result
 
         return setup_model_and_optimizer
 
-    def _after_setup(self, optimizer: Any, scheduler: Any) -> None:
+    def _after_setup(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         from megatron.core import parallel_state
         from megatron.training import get_args, print_rank_0
 
@@ -270,6 +273,8 @@ class _Run:
                 "data": parallel_state.get_data_parallel_world_size(),
             }
             self.record = RunRecord(directory, args, layout, args.iteration)
+        if self.settings.metrics.active:
+            watch(AlignmentMonitor(self.settings.metrics, model, plan.parameters, optimizer, args), optimizer)
 
     def wrap_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Several machines from a hostfile: the deepspeed command line for `megatron_patch run`. See --help and docs/launch.md.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+
+usage() {
+    cat << 'EOF'
+Train on several machines with the deepspeed launcher: started once, over ssh and pdsh, or on every machine with --no-ssh.
+
+usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option ...] [flag ...]
+
+  --config FILE       flags as YAML (required); flags on the command line win
+  --hostfile FILE     one line "HOST slots=GPUS" per machine (required); the first one holds rank 0
+  --master-addr A     address of the first machine that the others reach; default: first word of `ssh HOST hostname -I`
+  --master-port P     default 29500
+  --env NAME[=VALUE]  forward this variable to every machine as well; may be repeated
+  --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
+  --node-rank K       line number in the hostfile, from 0
+  --log-dir DIR       one log file per rank instead of one stream
+  --help
+
+Everything else goes to `megatron_patch run` as it is: [SCRIPT.py], Megatron's flags, megatron_patch's flags.
+
+With ssh, the code, the Python environment, the config and the data must be at the same paths on every machine.
+Forwarded without asking, where set: CUDA_DEVICE_MAX_CONNECTIONS, OMP_NUM_THREADS, LD_LIBRARY_PATH, DS_ACCELERATOR,
+TORCHDYNAMO_DISABLE, NCCL_*, NVTE_*, GLOO_*, TORCH_*, PYTORCH_* (PYTHON* and UCX* by DeepSpeed itself), and the lines of
+~/.deepspeed_env and ./.deepspeed_env. Values are visible in process lists and logs: no secrets.
+
+example: launch/pretrain_multinode.sh --hostfile hosts --config configs/target_7b_h100_bf16.yaml \
+             --data-path /data/corpus --tokenizer-model /data/llama.model --save /runs/7b
+EOF
+}
+
+config=""
+hostfile=""
+master_addr=""
+node_rank=""
+ssh=true
+environment=()
+launcher=()
+flags=()
+while (($#)); do
+    case "$1" in
+        --config=* | --hostfile=* | --master-addr=* | --master-port=* | --env=* | --node-rank=* | --log-dir=*)
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+            continue
+            ;;
+        --config) need "$@" && config="$2" ;;
+        --hostfile) need "$@" && hostfile="$2" ;;
+        --master-addr) need "$@" && master_addr="$2" ;;
+        --master-port) need "$@" && launcher+=(--master_port "$2") ;;
+        --env) need "$@" && environment+=("$2") ;;
+        --node-rank) need "$@" && node_rank="$2" ;;
+        --log-dir) need "$@" && launcher+=(--enable_each_rank_log "$2") ;;
+        --no-ssh)
+            ssh=false
+            shift
+            continue
+            ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *)
+            flags+=("$1")
+            shift
+            continue
+            ;;
+    esac
+    shift 2
+done
+
+check_start "$config"
+[[ -n "$hostfile" ]] || die "--hostfile is missing: give a file with one line \"HOST slots=GPUS\" per machine"
+[[ -f "$hostfile" ]] || die "--hostfile $hostfile: no such file"
+grep -qE '^[^#[:space:]]+[[:space:]]+slots=[1-9]' "$hostfile" || die "--hostfile $hostfile: no line \"HOST slots=GPUS\""
+
+# Tensor and context parallelism need it on GPUs before Blackwell; Megatron stops without it.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+for setting in "${environment[@]}"; do
+    name="${setting%%=*}"
+    [[ "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "--env $setting: expected NAME or NAME=VALUE"
+    if [[ "$setting" == *=* ]]; then
+        export "${setting?}"
+    elif [[ -z "${!name+set}" ]]; then
+        die "--env $setting: the variable is not set here; give --env $setting=VALUE"
+    fi
+done
+[[ -z "$master_addr" ]] || launcher=(--master_addr "$master_addr" "${launcher[@]}")
+run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
+
+if [[ "$ssh" == false ]]; then
+    [[ "$node_rank" =~ ^[0-9]+$ ]] || die "--no-ssh needs --node-rank K, this machine's line in $hostfile from 0"
+    # Without it DeepSpeed asks the first host over ssh, --no_ssh or not.
+    [[ -n "$master_addr" ]] || die "--no-ssh needs --master-addr, the address of the first machine"
+    run_watched deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
+fi
+
+[[ -z "$node_rank" ]] || die "--node-rank $node_rank: only together with --no-ssh"
+command -v pdsh > /dev/null || die "pdsh is not on PATH: install it, or start every machine with --no-ssh"
+
+# pdsh hands the command to a shell on every machine, DeepSpeed quotes nothing but spaces, and pdsh expands %.
+harmless='^[A-Za-z0-9 _@+=:,./^-]*$'
+[[ "$PWD" =~ $harmless && "$PWD" != *" "* ]] || die "the working directory $PWD: a remote shell would take it apart"
+for word in "$config" "${flags[@]}"; do
+    [[ -n "$word" && "$word" =~ $harmless ]] \
+        || die "argument '$word' would not survive the remote shell: put it into the YAML file, or use --no-ssh"
+done
+
+# DeepSpeed forwards few variables; the rest go through the file it calls .deepspeed_env. It chokes on comments and blank
+# lines in it and does not escape values, so every line is checked here and written to a file of our own.
+env_file="$(mktemp)"
+trap 'rm -f "$env_file"' EXIT
+forward() { # NAME VALUE ORIGIN
+    [[ "$1" =~ ^[A-Za-z_][A-Za-z0-9_]*$ && "$2" =~ $harmless ]] \
+        || die "$3: $1=$2 would not survive the remote shell; unset it, or set it in the machines' own shell start-up"
+    printf '%s=%s\n' "$1" "$2" >> "$env_file"
+}
+while IFS= read -r name; do
+    case "$name" in
+        CUDA_DEVICE_MAX_CONNECTIONS | OMP_NUM_THREADS | LD_LIBRARY_PATH | DS_ACCELERATOR | TORCHDYNAMO_DISABLE | \
+            NCCL_* | NVTE_* | GLOO_* | TORCH_* | PYTORCH_*)
+            forward "$name" "${!name}" "environment"
+            ;;
+    esac
+done < <(compgen -e)
+for file in ~/.deepspeed_env .deepspeed_env; do
+    [[ -f "$file" ]] || continue
+    mapfile -t lines < "$file"
+    for line in "${lines[@]}"; do
+        [[ "$line" =~ ^[[:space:]]*(#.*)?$ ]] || forward "${line%%=*}" "${line#*=}" "$file"
+    done
+done
+for setting in "${environment[@]}"; do
+    name="${setting%%=*}"
+    forward "$name" "${!name}" "--env"
+done
+export DS_ENV_FILE="$env_file"
+run_watched deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}"

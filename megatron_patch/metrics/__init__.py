@@ -1,0 +1,1 @@
+"""Alignment metrics of sharded linear layers: torch and torch.distributed only, no Megatron."""

@@ -1,0 +1,273 @@
+"""One measured optimizer step: from inputs and weights on every rank to sums of squares over the whole model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from megatron_patch.metrics.probes import Probes
+from megatron_patch.metrics.reduce import (
+    PartialSums,
+    all_gather_flat,
+    all_reduce_sum,
+    gather_rows,
+    part_sums_of_squares,
+    sum_of_squares,
+)
+from megatron_patch.metrics.registry import Registry
+from megatron_patch.metrics.slices import Block, SliceExchange, gradient_update_
+from megatron_patch.metrics.spectral import TopSingularValues
+from megatron_patch.metrics.views import CapturePoint, Group, LinearView, SublayerView, group_rank
+
+SLOTS = (
+    "weight",  # ‖W‖^2
+    "update",  # ‖dW‖^2
+    "input",  # ‖X‖^2
+    "weight_output",  # ‖W X‖^2
+    "update_output",  # ‖dW X‖^2
+    "tokens",  # B
+    "lr",
+    "weight_decay",
+    "top_singular_value",
+)
+"""What is reduced for each line of the result."""
+
+SUBLAYER_SLOTS = ("output", "tokens")
+"""What is reduced for each sublayer: the sum of squares of its output, and the tokens."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32, even where the run allows TF32 (10 bits, relative error 1e-3) for its own."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Meter:
+    """Measures one optimizer step at a time: `begin`, forward and backward, `before_update`, the step, `after_update`.
+
+    Memory beyond the training's own: the fp32 slices of the monitored weights that this rank's optimizer owns, from
+    `before_update` to `after_update`; the sampled inputs; and, one layer at a time, its weight in fp32 and its outputs.
+
+    Args:
+        views: the linear layers this rank holds a shard of, in an order that its peers share.
+        points: the modules that show their inputs.
+        sublayers: attention and MLP blocks on this rank.
+        registry: the lines of the whole model.
+        world: all ranks; None without torch.distributed.
+        device: where weights and sums live.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[LinearView],
+        points: Sequence[CapturePoint],
+        sublayers: Sequence[SublayerView],
+        registry: Registry,
+        world: Group,
+        device: torch.device,
+    ) -> None:
+        self._views = [view for view in views if view.counts_own_tokens]
+        self._weight_views = views
+        self._sublayers = sublayers
+        self._registry = registry
+        self._world = world
+        self._device = device
+        self._index = {
+            view.name: torch.tensor([registry.row_index[row.layer] for row in view.rows], device=device)
+            for view in views
+        }
+        self._exchanges = [
+            (members, SliceExchange(members, members[0].data_group, device))
+            for members in _by_group([v for v in self._views if v.master.sharded], "data_group")
+        ]
+        self._require_equal_slices()
+        self._partials = {id(v.shard_group): PartialSums(v.shard_group) for v in self._views if v.kind == "row"}
+        self._spectral = TopSingularValues(views, device)
+        self.probes = Probes(points, sublayers)
+        self._reset()
+
+    def _reset(self) -> None:
+        rows, sublayers = len(self._registry.rows), len(self._registry.sublayers)
+        # One vector for everything: lines, sublayers, and the number of ranks whose update failed.
+        self._packed = torch.zeros(
+            rows * len(SLOTS) + sublayers * len(SUBLAYER_SLOTS) + 1, dtype=torch.float64, device=self._device
+        )
+        self._table = self._packed[: rows * len(SLOTS)].view(rows, len(SLOTS))
+        self._sublayer_table = self._packed[rows * len(SLOTS) : -1].view(sublayers, len(SUBLAYER_SLOTS))
+        self._inputs: dict[str, Tensor] = {}
+        self._old: dict[str, Tensor] = {}
+        self._hyperparameters: dict[str, tuple[float, float]] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of tensors kept between calls: snapshots of weights and sampled inputs."""
+        tensors = [*self._old.values(), *self._inputs.values(), *(c.inputs for c in self.probes.captured.values())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def begin(self) -> None:
+        """Attach the hooks; also when a forward pass is repeated."""
+        self._reset()
+        self.probes.attach()
+
+    def weight_norms(self) -> list[float]:
+        """Return ‖W‖^2 of every line of the whole model; a collective call, between steps."""
+        self._reset()
+        with torch.no_grad():
+            self._weight_sums()
+        all_reduce_sum(self._packed, self._world)
+        weights: list[float] = self._table[:, SLOTS.index("weight")].tolist()
+        self._reset()
+        return weights
+
+    def before_update(self, alignment: bool, spectral: bool) -> None:
+        """Use the weights of this step while they are there: W X, ‖W‖, singular values, and a copy of the fp32 slices.
+
+        Args:
+            alignment: whether alignment is measured; `begin` was called before the forward pass then.
+            spectral: whether top singular values are measured.
+        """
+        if not alignment:
+            self._reset()
+        with torch.no_grad(), full_precision():
+            self._weight_sums()
+            if spectral:
+                for view, values in self._spectral.measure():
+                    if group_rank(view.data_group) == 0 and group_rank(view.shard_group) == 0:
+                        self._add(view, "top_singular_value", values)
+            if alignment:
+                self._take_inputs()
+                self._outputs_of_weights()
+                for view in self._views:
+                    self._hyperparameters[view.name] = view.master.hyperparameters()
+                    self._old[view.name] = view.master.read().clone()
+
+    def after_update(self, succeeded: bool) -> tuple[Tensor, Tensor, bool]:
+        """Measure the update and reduce everything in one all-reduce.
+
+        Args:
+            succeeded: whether this rank's optimizer made the step.
+
+        Returns:
+            Sums per line [lines, SLOTS] and per sublayer [sublayers, SUBLAYER_SLOTS], float64 on the device, and
+            whether any rank skipped the step (then the update's sums mean nothing).
+        """
+        with torch.no_grad(), full_precision():
+            if self._old:
+                self._update_sums()
+            for partial in self._partials.values():
+                partial.flush()
+            self._packed[-1] = 0.0 if succeeded else 1.0
+            all_reduce_sum(self._packed, self._world)
+        table, sublayers, skipped = self._table, self._sublayer_table, self._packed[-1].item() > 0
+        self._reset()
+        return table, sublayers, skipped
+
+    # --- sums -----------------------------------------------------------------------------------------------------
+
+    def _add(self, view: LinearView, slot: str, values: Tensor) -> None:
+        self._table[self._index[view.name], SLOTS.index(slot)] += values
+
+    def _weight_sums(self) -> None:
+        for view in self._weight_views:
+            if view.counts_own_weight and group_rank(view.data_group) == 0:
+                weight = view.weight()
+                self._add(view, "weight", part_sums_of_squares(weight.float(), view.row_part, len(view.rows)))
+            if view.owns_first_entry:
+                lr, weight_decay = view.master.hyperparameters()
+                self._table[self._index[view.name], SLOTS.index("lr")] += lr
+                self._table[self._index[view.name], SLOTS.index("weight_decay")] += weight_decay
+
+    def _take_inputs(self) -> None:
+        """Detach the hooks, gather scattered tokens, and count."""
+        self.probes.detach()
+        captured = self.probes.captured
+        absent = sorted(view.name for view in self._views if view.name not in captured)
+        if absent:
+            raise RuntimeError(
+                f"the forward pass never called {absent[0]} ({len(absent)} layers in all): it runs through a fused "
+                "implementation that megatron_patch does not know; leave it out with --alignment-layers"
+            )
+        for view in self._views:
+            self._inputs[view.name] = captured[view.name].inputs
+        scattered = [view for view in self._views if view.kind == "column" and view.scattered]
+        for members in _by_group(scattered, "shard_group"):
+            pieces = [(captured[view.name].inputs, captured[view.name].counts) for view in members]
+            for view, rows in zip(members, gather_rows(pieces, members[0].shard_group), strict=True):
+                self._inputs[view.name] = rows
+        for view in self._views:
+            inputs = self._inputs[view.name]
+            first = group_rank(view.shard_group) == 0
+            if view.kind != "column" or first:
+                self._add(view, "input", sum_of_squares(inputs).expand(len(view.rows)))
+            if view.kind == "replicated" or first:
+                tokens = torch.tensor(float(inputs.shape[0]), dtype=torch.float64, device=self._device)
+                self._add(view, "tokens", tokens.expand(len(view.rows)))
+        for sublayer in self._sublayers:
+            if sublayer.counts_output:
+                output = self.probes.outputs[sublayer.name]
+                at = self._sublayer_table[self._registry.sublayer_index[sublayer.name]]
+                at[SUBLAYER_SLOTS.index("output")] += sum_of_squares(output)
+                at[SUBLAYER_SLOTS.index("tokens")] += output.shape[0]
+        self.probes.captured, self.probes.outputs = {}, {}
+
+    def _outputs_of_weights(self) -> None:
+        for view in self._views:
+            block = Block(slice(None), view.weight().float())
+            self._output_sums(view, "weight_output", block, self._inputs[view.name])
+
+    def _output_sums(self, view: LinearView, slot: str, block: Block, inputs: Tensor) -> None:
+        """Add the squares of block.delta @ inputs; for row-parallel layers after the sum over the shard group."""
+        outputs = block.delta @ inputs.T  # [rows, B]
+        if view.kind == "row":
+            self._partials[id(view.shard_group)].add(outputs, lambda square: self._add(view, slot, square))
+        else:
+            self._add(view, slot, part_sums_of_squares(outputs, view.row_part[block.rows], len(view.rows)))
+
+    def _update_sums(self) -> None:
+        deltas = {}
+        for view in self._views:
+            lr, weight_decay = self._hyperparameters[view.name]
+            deltas[view.name] = gradient_update_(self._old.pop(view.name), view.master.read(), lr, weight_decay)
+        for view in self._views:
+            if not view.master.sharded:
+                whole = Block(slice(None), deltas[view.name].view(view.row_part.shape[0], -1))
+                self._block_sums(view, [whole], self._inputs[view.name], group_rank(view.data_group) == 0)
+                del deltas[view.name]
+        for members, exchange in self._exchanges:
+            rows = exchange.whole_rows([deltas[view.name] for view in members])
+            tokens = exchange.all_tokens([self._inputs[view.name] for view in members])
+            for view, blocks, inputs in zip(members, rows, tokens, strict=True):
+                if inputs is not None:
+                    self._block_sums(view, blocks, inputs, count_weight=True)
+
+    def _block_sums(self, view: LinearView, blocks: Sequence[Block], inputs: Tensor, count_weight: bool) -> None:
+        for block in blocks:
+            if count_weight and view.counts_own_weight:
+                sums = part_sums_of_squares(block.delta, view.row_part[block.rows], len(view.rows))
+                self._add(view, "update", sums)
+            self._output_sums(view, "update_output", block, inputs)
+
+    def _require_equal_slices(self) -> None:
+        """Row-parallel partial outputs can only be added if the peers compute the same rows."""
+        sharded = [view for view in self._views if view.kind == "row" and view.master.sharded]
+        for members in _by_group(sharded, "shard_group"):
+            own = torch.tensor([[v.master.start, v.master.stop] for v in members], device=self._device)
+            ranges = all_gather_flat(own, members[0].shard_group)
+            if not bool((ranges == ranges[0]).all()):
+                raise RuntimeError("tensor-parallel peers own different slices of a row-parallel weight")
+
+
+def _by_group(views: Sequence[LinearView], attribute: str) -> list[list[LinearView]]:
+    """Split views by a process group, in the order of their first member."""
+    first: dict[int, int] = {}
+    for place, view in enumerate(views):
+        first.setdefault(id(getattr(view, attribute)), place)
+    ordered = sorted(views, key=lambda view: first[id(getattr(view, attribute))])
+    return [list(g) for _, g in groupby(ordered, key=lambda view: id(getattr(view, attribute)))]

@@ -1,0 +1,166 @@
+"""From reduced sums to the lines that are written."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_patch.metrics.forecast import NormForecast
+from megatron_patch.metrics.meter import SLOTS, SUBLAYER_SLOTS
+from megatron_patch.metrics.views import Row
+from megatron_patch.theory import alignment, equilibrium
+
+Line = dict[str, Any]
+
+KEYS = (
+    "iteration",
+    "layer",
+    "kind",
+    "fan_in",
+    "fan_out",
+    "m",
+    "lr",
+    "weight_decay",
+    "tokens",
+    "weight_norm",
+    "update_norm",
+    "relative_update",
+    "weight_alignment",
+    "update_alignment",
+    "alignment_ratio",
+    "relative_representation_change",
+    "top_singular_value",
+)
+"""Keys of a line of alignment.jsonl."""
+
+METRICS = KEYS[9:]
+"""The measured ones among them."""
+
+
+def alignment_line(
+    iteration: int, row: Row, sums: Sequence[float], measured: bool, singular: bool, updated: bool
+) -> Line:
+    """Return one line of alignment.jsonl.
+
+    Args:
+        iteration: 1-based, as Megatron logs it.
+        row: which layer.
+        sums: its reduced sums, in the order of `SLOTS`.
+        measured: whether alignment was measured, or only the top singular value.
+        singular: whether the top singular value was measured.
+        updated: whether every rank's optimizer made the step; otherwise there is no update to report.
+    """
+    s = dict(zip(SLOTS, sums, strict=True))
+    line: Line = dict.fromkeys(KEYS)
+    line.update(
+        iteration=iteration,
+        layer=row.layer,
+        kind=row.kind,
+        fan_in=row.fan_in,
+        fan_out=row.fan_out,
+        m=row.m,
+        lr=s["lr"],
+        weight_decay=s["weight_decay"],
+        weight_norm=_root(s["weight"]),
+    )
+    if singular:
+        line["top_singular_value"] = _finite(s["top_singular_value"])
+    if measured:
+        line["tokens"] = round(s["tokens"])
+        line["weight_alignment"] = alignment.alignment(s["weight_output"], s["weight"], s["input"])
+    # With a learning rate of 0 the difference of the weights is rounding noise, if it is not 0.
+    if measured and updated and s["lr"] > 0:
+        line.update(
+            update_norm=_root(s["update"]),
+            relative_update=alignment.relative_update(s["update"], s["weight"]),
+            update_alignment=alignment.alignment(s["update_output"], s["update"], s["input"]),
+            alignment_ratio=alignment.alignment_ratio(s["update_output"], s["update"], s["weight_output"], s["weight"]),
+            relative_representation_change=alignment.relative_representation_change(
+                s["update_output"], s["weight_output"]
+            ),
+        )
+    return line
+
+
+def expert_means(rows: Sequence[Row], lines: Sequence[Line]) -> list[Line]:
+    """Return for every layer of experts the mean line: each number weighted by the expert's sampled tokens.
+
+    An expert without tokens, or without a value, does not count. Without any tokens (no alignment measured, or none
+    routed) weights and singular values are averaged with equal weights and the rest is null.
+    """
+    members: dict[str, list[tuple[Row, Line]]] = {}
+    for row, line in zip(rows, lines, strict=True):
+        if row.mean is not None:
+            members.setdefault(row.mean, []).append((row, line))
+    result = []
+    for name, group in members.items():
+        tokens = [line["tokens"] for _, line in group]
+        total = None if None in tokens else sum(tokens)
+        mean: Line = {**group[0][1], "layer": name, "kind": "expert_mean", "tokens": total}
+        for key in METRICS:
+            values = [(line[key], line["tokens"] if total else 1) for _, line in group if line[key] is not None]
+            weight = sum(w for _, w in values)
+            mean[key] = sum(v * w for v, w in values) / weight if weight else None
+        result.append(mean)
+    return result
+
+
+def equilibrium_line(line: Line, forecast: NormForecast, hidden_size: int) -> Line:
+    """Return one line of equilibrium.jsonl: measured weight RMS and relative update beside what the model predicts.
+
+    Args:
+        line: of alignment.jsonl.
+        forecast: the recurrence, at the state before this step.
+        hidden_size: width d of the model.
+
+    Source: arXiv 2510.19093, eqs. 30 and 36; arXiv 2510.15262 for the scale of the top singular value.
+    """
+    lr, weight_decay = line["lr"], line["weight_decay"]
+    rms = forecast.weight_rms(line["layer"])
+    decays = 0 < lr * weight_decay < 1
+    top = line["top_singular_value"]
+    scale = equilibrium.top_singular_value_scale(lr, weight_decay, hidden_size) if decays else None
+    norm = line["weight_norm"]
+    return {
+        "iteration": line["iteration"],
+        "layer": line["layer"],
+        "weight_rms": None if norm is None else norm / math.sqrt(line["fan_in"] * line["fan_out"]),
+        "predicted_weight_rms": rms,
+        "relative_update": line["relative_update"],
+        "predicted_relative_update": lr / rms if rms and lr > 0 else None,
+        "equilibrium_relative_update": equilibrium.equilibrium_relative_update(lr, weight_decay) if decays else None,
+        "normalised_top_singular_value": None if top is None or scale is None else top / scale,
+    }
+
+
+def sublayer_line(
+    iteration: int, name: str, width: int, output: Sequence[float], first_linear: Sequence[float]
+) -> Line:
+    """Return one line of sublayers.jsonl: RMS of input and output vectors, and their ratio, the sublayer gain.
+
+    Args:
+        iteration: 1-based.
+        name: of the attention or MLP block.
+        width: length of input and output vectors.
+        output: its sums, in the order of `SUBLAYER_SLOTS`.
+        first_linear: the sums, in the order of `SLOTS`, of the layer whose input is the block's normalised input.
+
+    Source: arXiv 2510.15262.
+    """
+    y = dict(zip(SUBLAYER_SLOTS, output, strict=True))
+    x = dict(zip(SLOTS, first_linear, strict=True))
+    input_rms = _rms(x["input"], x["tokens"] * width)
+    output_rms = _rms(y["output"], y["tokens"] * width)
+    gain = output_rms / input_rms if input_rms and output_rms is not None else None
+    return {"iteration": iteration, "layer": name, "input_rms": input_rms, "output_rms": output_rms, "gain": gain}
+
+
+def _root(square: float) -> float | None:
+    return math.sqrt(square) if math.isfinite(square) else None
+
+
+def _rms(square: float, count: float) -> float | None:
+    return _root(square / count) if count else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

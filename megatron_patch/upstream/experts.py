@@ -1,0 +1,97 @@
+"""Which rows of an expert's input are sampled tokens, after Megatron's dispatcher has shuffled them over the ranks.
+
+Both dispatchers give an expert the tokens of one source rank after the other, and within a source in token order. They
+differ in the order of the sources: expert-tensor-parallel rank by rank (alltoall) or expert-parallel rank by rank
+(allgather). So it is enough that every rank tells its peers, per expert, how many tokens it sends there and the places
+of the sampled ones among them: a few integers in one all-gather per MoE layer of a measured iteration. It happens in
+the router's forward call, which all peers make in the same order, as they do the dispatch itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_patch.metrics.reduce import all_gather_flat
+from megatron_patch.metrics.views import Group, group_size
+
+
+class ExpertTokens:
+    """The sampled rows of the local experts of one MoE layer.
+
+    Args:
+        group: the ranks that exchange tokens, numbered `expert-parallel rank * expert-tensor size + tensor rank`.
+        tensor_ranks: expert-tensor-parallel size.
+        tensor_major: whether the dispatcher orders sources by expert-tensor-parallel rank first.
+        first, local: number of the first expert on this rank, and how many there are.
+    """
+
+    def __init__(self, group: Group, tensor_ranks: int, tensor_major: bool, first: int, local: int) -> None:
+        self._group = group
+        self._experts = slice(first, first + local)
+        sources = torch.arange(group_size(group)).view(-1, tensor_ranks)
+        self._order = (sources.T if tensor_major else sources).reshape(-1).tolist()
+        self._rows: list[Tensor] = []
+        self._totals: list[int] = []
+
+    def route(self, routing_map: Tensor, positions: Tensor, most: int) -> None:
+        """Take the routing of this rank's tokens and learn that of its peers; a collective call.
+
+        Args:
+            routing_map: whether a token goes to an expert, bool [T_loc, experts].
+            positions: the sampled tokens, ascending, [n].
+            most: the largest number of sampled tokens of any rank.
+        """
+        tokens, experts = routing_map.shape
+        counts = routing_map.sum(0, keepdim=True)
+        place = routing_map.cumsum(0)[positions] - 1
+        sampled = torch.full((most, experts), -1, dtype=torch.int64, device=routing_map.device)
+        sampled[: positions.shape[0]] = torch.where(routing_map[positions], place, -1)
+        packed = torch.cat([counts, sampled])
+        gathered = all_gather_flat(packed, self._group).view(-1, 1 + most, experts)[self._order]
+        counts, sampled = gathered[:, 0, self._experts], gathered[:, 1:, self._experts]
+        offsets = counts.cumsum(0) - counts  # [sources, local]
+        rows = sampled + offsets[:, None, :]
+        self._rows = [rows[..., e][sampled[..., e] >= 0] for e in range(rows.shape[-1])]
+        self._totals = counts.sum(0).tolist()
+
+    def pick(self, expert: int, tokens: Tensor) -> Tensor:
+        """Return the sampled rows of one local expert's input.
+
+        Args:
+            expert: its number on this rank.
+            tokens: its input, [rows, C_loc]; padding may follow the tokens.
+
+        Raises:
+            RuntimeError: the input does not have the rows that the routers announced.
+        """
+        if not self._rows or tokens.shape[0] < self._totals[expert]:
+            raise RuntimeError(
+                f"expert {self._experts.start + expert} received {tokens.shape[0]} rows, not the "
+                f"{self._totals[expert] if self._totals else 'unknown number of'} tokens its routers sent"
+            )
+        return tokens[self._rows[expert]]
+
+
+def find_experts(names: dict[str, str], chunk: torch.nn.Module, groups: Any) -> dict[str, ExpertTokens]:
+    """Return for every MoE layer of a model chunk, by its global name, what tracks the tokens of its experts.
+
+    Args:
+        names: local to global module names.
+        chunk: the model chunk.
+        groups: Megatron's `parallel_state`.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    found = {}
+    for local_name, module in chunk.named_modules():
+        if isinstance(module, MoELayer):
+            found[names[local_name]] = ExpertTokens(
+                groups.get_expert_tensor_and_model_parallel_group(),
+                groups.get_expert_tensor_parallel_world_size(),
+                isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher),
+                groups.get_expert_model_parallel_rank() * module.num_local_experts,
+                module.num_local_experts,
+            )
+    return found
