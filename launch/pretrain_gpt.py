@@ -39,18 +39,9 @@ SPIKY_LOSS_FACTOR = 10  # --check-for-spiky-loss complains about a loss this man
 
 # Flags that need another batch, loss or training loop than the ones below.
 REFUSED = (
-    "sft",
-    "fim_data",
-    "perform_rl_step",
-    "mtp_num_layers",
-    "hybrid_layer_pattern",
-    "hybrid_context_parallel",
-    "dataloader_inter_document_masking",
-    "overlap_moe_expert_parallel_comm",
-    "logits_load_dir",
-    "logits_save_dir",
-    "inprocess_restart",
-)
+    "sft fim_data perform_rl_step mtp_num_layers hybrid_layer_pattern hybrid_context_parallel inprocess_restart "
+    "dataloader_inter_document_masking overlap_moe_expert_parallel_comm logits_load_dir logits_save_dir"
+).split()
 
 straggler_timer = StragglerDetector()
 
@@ -162,7 +153,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     print_rank_0("> building train, validation and test datasets")
 
     def built_here() -> bool:
-        return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+        first_tp_rank = parallel_state.get_tensor_model_parallel_rank() == 0
+        return first_tp_rank and bool(is_first_or_last_pipeline_stage(vp_stage))
 
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset_class, num_samples, built_here, dataset_config(args)).build()

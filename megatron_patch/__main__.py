@@ -2,6 +2,7 @@
 
 import sys
 
+from megatron_patch.explain import explain
 from megatron_patch.run import USAGE, run
 
 
@@ -9,6 +10,9 @@ def main() -> None:
     """Hand the command line to the command it names."""
     if sys.argv[1:2] == ["run"]:
         run(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["explain"]:
+        explain(sys.argv[2:])
         return
     asked = sys.argv[1:] in ([], ["-h"], ["--help"])
     print(USAGE, file=sys.stdout if asked else sys.stderr)

@@ -6,19 +6,23 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
+
+if TYPE_CHECKING:
+    from megatron_patch.upstream.hooks import Installation
 
 USAGE = """usage: python -m megatron_patch run [--config FILE.yaml] [SCRIPT.py] [Megatron's arguments] [our flags]
 
 SCRIPT.py is any Megatron training script, run untouched as if it had been started directly; without one, the project's
 own launch/pretrain_gpt.py. FILE.yaml holds flags (`num-layers: 4`); the command line wins over it.
 Example: deepspeed --num_gpus 2 --no_local_rank --module megatron_patch run --config configs/quickstart_proxy.yaml
-See all flags with: python -m megatron_patch run SCRIPT.py --help"""
+See all flags with: python -m megatron_patch run SCRIPT.py --help
+See what a run would do, on any machine, with: python -m megatron_patch explain --help"""
 
 DEFAULT_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launch", "pretrain_gpt.py")
 
@@ -59,7 +63,7 @@ def load_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError("--config", path, "a readable file", f"check the path ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2001-02-30
+    except Exception as error:  # not UTF-8, no YAML, or what PyYAML's constructors raise at 2001-02-30 and !!int ''
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise ConfigError(
@@ -167,6 +171,59 @@ def explain_unknown(path: str, flags: Mapping[str, Any], parser: argparse.Argume
     parser.parse_args = parse_args  # type: ignore[method-assign]
 
 
+def asked_for(name: str, flags: Mapping[str, Any], command_line: Sequence[str]) -> bool:
+    """Return whether a bare flag is on the command line or true in the YAML file."""
+    return f"--{name}" in command_line or flags.get(name) is True
+
+
+def megatron_arguments(
+    path: str | None,
+    flags: Mapping[str, Any],
+    arguments: list[str],
+    installed: list["Installation"],
+    prepare_parser: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> list[str]:
+    """Put our flags into Megatron's parser and return the whole command line for it.
+
+    The CPU platform must be up before, if it is wanted: Megatron is imported here.
+
+    Args:
+        path: the YAML file `flags` is from.
+        flags: of `load_yaml`.
+        arguments: the command line, without the script; it wins over `flags`.
+        installed: collects the hooks, now and when Megatron validates.
+        prepare_parser: called with every parser that Megatron makes, before its arguments are added.
+    """
+    from megatron_patch.upstream.flags import add_arguments
+    from megatron_patch.upstream.hooks import check_version, install
+    from megatron_patch.upstream.patch import entry_hooks, megatron_parser
+
+    check_version(asked_for("allow-untested-megatron", flags, arguments))
+
+    def prepare(parser: argparse.ArgumentParser) -> None:
+        explain_unknown(path or "", flags, parser)
+        prepare_parser(parser)
+
+    installed.append(install(entry_hooks(installed, prepare)))
+    arguments = yaml_arguments(flags, megatron_parser(), arguments) + arguments
+    given = {word.partition("=")[0] for word in arguments}
+    ours = sorted(given & set(add_arguments(argparse.ArgumentParser(add_help=False))._option_string_actions))
+    if "--yaml-cfg" in given and ours:
+        raise ConfigError(
+            "--yaml-cfg",
+            f"with {ours[0]}",
+            "no flag beside it: Megatron then takes its settings from that file and forgets the command line",
+            "give the flags on the command line, or in a file after `run --config`",
+        )
+    if "--cpu" in arguments:
+        from megatron_patch.upstream.cpu_platform import cpu_arguments
+
+        arguments, said = cpu_arguments(arguments)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(*said, sep="\n", flush=True)
+    return arguments
+
+
 def run(argv: Sequence[str]) -> None:
     """Run what ``python -m megatron_patch run`` was given; exits the process with code 2 on a user's mistake."""
     try:
@@ -183,24 +240,12 @@ def _run(argv: Sequence[str]) -> None:
         return
     path, script, arguments = split_command_line(argv)
     flags = load_yaml(path) if path else {}
-    if "--cpu" in arguments or flags.get("cpu") is True:
+    if asked_for("cpu", flags, arguments):
         from megatron_patch.upstream.cpu_platform import activate
 
         activate()
     # Only now: the CPU platform must be up before Megatron is imported.
-    from megatron_patch.upstream.hooks import Installation, check_version, install
-    from megatron_patch.upstream.patch import entry_hooks, megatron_parser
-
-    check_version("--allow-untested-megatron" in arguments or flags.get("allow-untested-megatron") is True)
-    installed: list[Installation] = []
-    installed.append(install(entry_hooks(installed, lambda parser: explain_unknown(path or "", flags, parser))))
-    arguments = yaml_arguments(flags, megatron_parser(), arguments) + arguments
-    if "--cpu" in arguments:
-        from megatron_patch.upstream.cpu_platform import cpu_arguments
-
-        arguments, said = cpu_arguments(arguments)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(*said, sep="\n", flush=True)
+    arguments = megatron_arguments(path, flags, arguments, installed=[])
     # As if the script had been run directly: its own argv, its folder first on the path, __main__ with a full path.
     script = os.path.abspath(script)
     sys.argv = [script, *arguments]

@@ -181,7 +181,7 @@ class Pool:
         raise RuntimeError("the pool's template process did not start; its output is on standard error")
 
 
-# --- the template process ----------------------------------------------------------------------------------------------
+# --- the template process --------------------------------------------------------------------------------------------
 
 
 def _serve(connection: Connection) -> None:
@@ -279,7 +279,7 @@ def _rank(job: Job, rank: int, port: int, folder: Path, sender: Connection) -> N
                 timeout=timedelta(seconds=job.timeout),
             )
         function, arguments = pickle.loads(job.call)  # noqa: S301 - the test session wrote it
-        answer = (True, pickle.dumps(function(**arguments)))
+        answer: tuple[bool, bytes | str] = (True, pickle.dumps(function(**arguments)))
     except BaseException:  # SystemExit is a failure as well: Megatron exits on errors
         answer = (False, traceback.format_exc())
     with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch import config, errors
@@ -329,7 +329,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "drop --use-mup",
     ),
     (
-        "--metrics-dir x",
+        "--vector-lr 0.1",
         {"use_mup": True, "mup_base_hidden_size": 32},
         "--use-mup with --width-scaling none",
         "a rule whose LR exponent is 1",
@@ -467,6 +467,11 @@ def test_without_our_flags_nothing_of_megatrons_is_refused(megatron: dict[str, A
 )
 def test_whatever_is_asked_for_makes_the_patch_active(argv: str) -> None:
     assert flags.validate(namespace(argv)).active
+
+
+def test_metrics_beside_megatrons_own_mup() -> None:
+    """To measure is not to set: no rule of ours is needed."""
+    assert flags.validate(namespace("--metrics-dir x", use_mup=True, mup_base_hidden_size=32)).active
 
 
 def test_mup_takes_the_lr_and_leaves_us_the_weight_decay() -> None:
@@ -611,12 +616,13 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return argv + draw(st.sampled_from([[], SQRT.split(), [*SQRT.split(), "--metrics-dir", "x"], CUSTOM.split()]))
 
 
+@settings(deadline=None)
 @given(command_lines(), MEGATRON)
 def test_any_combination_is_accepted_or_refused_in_one_line(argv: list[str], megatron: dict[str, Any]) -> None:
     arguments = namespace(argv, **megatron)
     refused = None
     try:
-        settings = flags.validate(arguments)
+        accepted = flags.validate(arguments)
     except ConfigError as error:
         refused = error
     if refused:
@@ -626,7 +632,7 @@ def test_any_combination_is_accepted_or_refused_in_one_line(argv: list[str], meg
         assert refused.fix
         return
     # What is accepted can be computed with: every factor is a finite number, and no learning rate is zero.
-    width = settings.width
+    width = accepted.width
     rule = RULES.get(width.rule) or Rule("custom", width.lr_exponent or 0.0, width.wd_exponent or 0.0, "")
     for role in ROLES:
         for m in (1 / 64, 1.0, 64.0):
@@ -651,6 +657,7 @@ MEGATRONS = {
 }
 
 
+@settings(deadline=None)
 @given(st.text(), st.none() | st.integers() | st.text(), st.text(), st.text())
 def test_errors_are_one_line_whatever_they_quote(flag: str, got: object, expected: str, fix: str) -> None:
     assert "\n" not in str(errors.ConfigError(flag, got, expected, fix))

@@ -118,7 +118,9 @@ def train(argv: Sequence[str], *, steps: int, hooks: Hooks | None = None) -> Out
     # The two places of Megatron's loop we listen to, wrapped after anything a hook has installed there.
     original_train, original_log = training.train, training.training_log
 
-    def listening_train(forward_step_func: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **more: Any) -> Any:
+    def listening_train(
+        forward_step_func: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **more: Any
+    ) -> Any:
         live.append(Run(args, model, optimizer, scheduler))
         hooks.built(live[0])
         return original_train(forward_step_func, model, optimizer, scheduler, *rest, **more)
@@ -152,10 +154,10 @@ def _of_any_rank(losses: list[float]) -> list[float]:
     return next((entry for entry in found if entry), [])
 
 
-# --- data and loss -----------------------------------------------------------------------------------------------------
+# --- data and loss ---------------------------------------------------------------------------------------------------
 
 
-def _datasets(sizes: Sequence[int]) -> tuple[Any, Any, Any]:
+def _datasets(sizes: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     from megatron.training import get_args
     from torch.utils.data import Dataset
 
@@ -179,7 +181,7 @@ _datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron: build
 
 
 def _sequence(index: int, length: int, vocabulary: int) -> dict[str, Any]:
-    """The `index`-th sample, length tokens: a step of 1 to 3 from each token to the next, so there is something to learn."""
+    """The `index`-th sample, `length` tokens, each 1 to 3 after the one before, so that there is something to learn."""
     import torch
 
     generator = torch.Generator().manual_seed(index)
@@ -209,7 +211,7 @@ def _forward_step(iterator: Any, model: Any) -> tuple[Any, Callable[[Any], Any]]
     return output, loss
 
 
-# --- checksums ---------------------------------------------------------------------------------------------------------
+# --- checksums -------------------------------------------------------------------------------------------------------
 
 
 def checksums(model: Sequence[Any]) -> dict[str, Checksum]:
@@ -225,7 +227,9 @@ def checksums(model: Sequence[Any]) -> dict[str, Checksum]:
         sharded = getattr(parameter, "tensor_model_parallel", False)
         expert = ".experts." in name
         rank = (
-            parallel_state.get_expert_tensor_parallel_rank() if expert else parallel_state.get_tensor_model_parallel_rank()
+            parallel_state.get_expert_tensor_parallel_rank()
+            if expert
+            else parallel_state.get_tensor_model_parallel_rank()
         )
         values = parameter.detach().float().contiguous()
         digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
@@ -248,7 +252,11 @@ def checksums(model: Sequence[Any]) -> dict[str, Checksum]:
 
 
 def global_names(model: Sequence[Any]) -> dict[str, Any]:
-    """This rank's parameters by the name they have in a model that is not split: layers and experts counted globally."""
+    """This rank's parameters by the name they have in a model that is not split.
+
+    That is: layers and experts are counted globally, and the last pipeline stage's copy of tied embeddings goes by the
+    name of the original.
+    """
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -265,7 +273,7 @@ def global_names(model: Sequence[Any]) -> dict[str, Any]:
                 for local in range(module.num_local_experts):
                     renamed[f"{name}.local_experts.{local}."] = f"local_experts.{first + local}."
         for name, parameter in chunk.named_parameters():
-            whole = name
+            whole = "embedding.word_embeddings.weight" if getattr(parameter, "shared", False) else name
             for prefix, replacement in sorted(renamed.items(), key=lambda item: -len(item[0])):
                 if name.startswith(prefix) and "local_experts" in prefix:
                     whole = f"{prefix[: prefix.rindex('local_experts')]}{replacement}{name.removeprefix(prefix)}"

@@ -14,7 +14,7 @@ EXAMPLE = """example:
       --output-prefix data/code --split-documents 98,1,1
 writes data/code_train.bin, .idx and so on, for Megatron's --train-data-path data/code_train --valid-data-path ..."""
 SPEC = """stdlib (the Python standard library's own .py files); or a file or quoted glob: text, jsonl, json, parquet,
-csv, arrow, also .gz .xz .bz2 .zip .zst; or a folder written by save_to_disk; or a name on the hub with --hub"""
+csv, arrow, also .gz .xz .bz2 .zst; or a folder written by save_to_disk; or a name on the hub with --hub"""
 SPLIT = """train,valid,test: write P_train, P_valid, P_test instead of P, with about these shares of the documents (0:
 not written). A hash of its text decides where a document goes, so duplicates stay together and no run differs"""
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 
-COMPRESSIONS = (".gz", ".xz", ".bz2", ".zip", ".zst")
-"""Endings of compressed files; .zst needs the package `zstandard`."""
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+"""Endings of compressed files; .zst needs the package `zstandard`. Not .zip: it holds any number of files."""
 
 FORMATS = {
     ".jsonl": "json",
@@ -117,7 +117,8 @@ def _text_documents(file: str, document_per_line: bool) -> Iterator[list[str]]:
 
     # newline="" keeps \r\n, as the other formats do; as a separator of documents any line end will do.
     newline = None if document_per_line else ""
-    with fsspec.open(file, "rt", encoding="utf-8", newline=newline, compression="infer") as stream:
+    compression = "infer" if file.endswith(COMPRESSIONS) else None
+    with fsspec.open(file, "rt", encoding="utf-8", newline=newline, compression=compression) as stream:
         if not document_per_line:
             yield [stream.read()]
             return
@@ -133,9 +134,12 @@ def _file_tables(file: str, text_key: str) -> Iterator[Any]:
 
         if text_key in pyarrow.parquet.read_schema(file).names:
             options["columns"] = [text_key]  # the others need not even be read
+    if file_format(file) == "csv":
+        options["keep_default_na"] = False  # or a text such as "null" would count as missing
     loader = _datasets().load_dataset
     try:
-        dataset = loader(file_format(file), data_files=[file], split="train", streaming=True, **options)
+        # It takes file names for globs.
+        dataset = loader(file_format(file), data_files=[glob.escape(file)], split="train", streaming=True, **options)
     except StopIteration:
         return  # what `datasets` 5 raises for a JSON file without a row
     yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)

@@ -60,10 +60,9 @@ def read_events(paths: Sequence[str]) -> dict[str, Series]:
     for path in paths:
         for event in LegacyEventFileLoader(path).Load():
             for value in event.summary.value:
-                # Megatron logs the flags --lr and --weight-decay as texts, lr/text_summary and weight_decay/text_summary.
-                if value.WhichOneof("value") != "simple_value" or not (
-                    value.tag in TAGS or value.tag.startswith(CLASS_TAGS)
-                ):
+                wanted = value.tag in TAGS or value.tag.startswith(CLASS_TAGS)
+                # Megatron logs its flags as texts: --lr is lr/text_summary.
+                if not wanted or value.WhichOneof("value") != "simple_value":
                     continue
                 known = points.setdefault(value.tag, [])
                 while known and known[-1][0] >= event.step:

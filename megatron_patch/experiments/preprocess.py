@@ -93,8 +93,8 @@ def preprocess(
     with OutputFiles(paths, overwrite) as files, Progress("tokenizing", corpus.total_documents) as progress:
         try:
             for read, documents in map_in_order(encode, tasks(corpus.batches), workers):
-                # Not before the first result: the threads go on tokenizing while Megatron is imported.
-                if not builders:
+                # Not before there are tokens: the threads go on making them while Megatron is imported.
+                if documents and not builders:
                     for split, prefix in prefixes.items():
                         bin_path = files.temporary(f"{prefix}.bin")
                         builders[split] = indexed_dataset_builder(bin_path, tokenizer.vocab_size)

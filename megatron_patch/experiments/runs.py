@@ -130,6 +130,17 @@ class Run:
     """What a reader of the numbers should know: missing or unfinished files."""
 
     @property
+    def rule(self) -> str:
+        """The width-scaling rule."""
+        return str(self.arguments.get("width_scaling") or "none")
+
+    @property
+    def m(self) -> float:
+        """Width over the width of the base model; 1 without a base."""
+        base = self.arguments.get("base_hidden_size")
+        return float(self.arguments["hidden_size"]) / float(base) if base else 1.0
+
+    @property
     def train_loss(self) -> Series:
         """The training loss over iterations; empty without TensorBoard."""
         return self.series.get(LOSS, Series())

@@ -46,8 +46,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if os.path.isdir(path):
         return _load_hugging_face(path)
+    model = sentencepiece.SentencePieceProcessor()
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=path)
+        model.LoadFromFile(path)
     except (OSError, RuntimeError, ValueError):
         expected = "a sentencepiece model" if os.path.exists(path) else "an existing file or folder"
         raise ConfigError("--tokenizer-model", path, expected, "make one with tools/train_tokenizer.py") from None
@@ -75,7 +76,8 @@ def _load_hugging_face(folder: str) -> Tokenizer:
         ) from None
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+        encoded = tokenizer(texts, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     encode(["x"])  # sets truncation and padding; later calls find them set and change nothing, so threads may share it
     eod = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id  # Megatron's order
@@ -113,6 +115,8 @@ def train_tokenizer(
         ConfigError: a bad setting, no text, too little text for `vocab_size` (names the largest possible), or the
             errors of `OutputFiles` and `open_corpus`.
     """
+    if vocab_size < 1:
+        raise ConfigError("--vocab-size", vocab_size, "an integer >= 1", "4096 suits a few megabytes of text")
     if not 0.98 <= character_coverage <= 1:
         raise ConfigError(
             "--character-coverage", character_coverage, "a number from 0.98 to 1", "0.9995 is a good value"
@@ -128,7 +132,10 @@ def train_tokenizer(
         if not documents:
             raise ConfigError("--input", corpus.spec, "at least one document that is not empty", "check the input")
         read_seconds = progress.seconds
-        model = _train(documents, vocab_size, model_type, character_coverage, workers)
+        try:
+            model = _train(documents, vocab_size, model_type, character_coverage, workers)
+        except RuntimeError as error:
+            raise _training_error(corpus.spec, vocab_size, str(error)) from None
         with open(files.temporary(path), "wb") as file:
             file.write(model)
         files.publish()
@@ -202,14 +209,12 @@ def _train(documents: list[str], vocab_size: int, model_type: str, character_cov
             num_threads=TRAINING_THREADS,
             minloglevel=2,
         )
-    except RuntimeError as error:
-        raise _training_error(vocab_size, str(error)) from None
     finally:
         os.sched_setaffinity(0, cores)
     return model.getvalue()
 
 
-def _training_error(vocab_size: int, message: str) -> ConfigError:
+def _training_error(spec: str, vocab_size: int, message: str) -> ConfigError:
     if largest := re.search(r"too high .*<= (\d+)", message):
         return ConfigError(
             "--vocab-size", vocab_size, f"at most {largest[1]} for this much text", "lower it or give more documents"
@@ -221,4 +226,4 @@ def _training_error(vocab_size: int, message: str) -> ConfigError:
             f"more than {smallest[1]} (256 bytes, 4 special ids and the characters)",
             "raise it",
         )
-    return ConfigError("--input", None, "text that sentencepiece can learn from", f"it says: {message}")
+    return ConfigError("--input", spec, "text that sentencepiece can learn from", f"it says: {message}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.upstream.hooks import argument
 from megatron_patch.upstream.optimizer import Plan
 
 _TOLERANCE = 1e-9
@@ -91,10 +92,12 @@ def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.
 def audit_build(plan: Plan, optimizer: Any) -> None:
     """Prove that no two param groups can be confused on resume, and that every group holds what the rule says.
 
+    Without a rule the groups are Megatron's or the script's own, and only that every parameter is in one is checked.
+
     Raises:
         AuditError: naming the parameter or the groups.
     """
-    for child in child_optimizers(optimizer):
+    for child in child_optimizers(optimizer) if plan.width.active else ():
         seen: dict[tuple[Any, ...], dict[str, Any]] = {}
         for group in child.optimizer.param_groups:
             key = tuple(group.get(name) for name in IDENTIFIER_KEYS)
@@ -126,6 +129,8 @@ def audit_groups(plan: Plan, optimizer: Any) -> None:
             if name in found:
                 raise AuditError(f"{name} is in two param groups")
             found.add(name)
+            if not plan.width.active:
+                continue
             planned = plan.hyperparameters[name]
             live = {
                 "max_lr": group["max_lr"],
@@ -154,6 +159,8 @@ def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
     Raises:
         AuditError: naming the parameter.
     """
+    if not plan.width.active:
+        return
     names = {id(p.parameter): p.spec.name for p in plan.parameters}
     base_decay = scheduler.get_wd()
     for group, parameters in live_groups(optimizer):
@@ -197,45 +204,75 @@ def agree_on_errors(error: Exception | None) -> None:
         raise error
 
 
-def refuse_other_checkpoint(saved: Any, args: Any) -> None:
+def refuse_other_checkpoint(saved: Any, args: Any, in_groups: bool = False) -> None:
     """Compare the checkpoint's arguments with this run's before anything of it is loaded.
 
     Args:
         saved: the namespace stored in the checkpoint; flags it lacks had their defaults.
         args: this run's.
+        in_groups: the checkpoint keeps the optimizer state by place in the param groups, as --ckpt-format torch does,
+            and not by parameter.
 
     Raises:
-        ConfigError: a diff of both, unless --override-width-scaling.
+        ConfigError: a diff of both, unless --override-width-scaling; or that flag where it cannot be honoured.
     """
     differences = []
     for key, default in _CHECKPOINT_KEYS:
         before, now = getattr(saved, key, default), getattr(args, key, default)
         if before != now:
             differences.append(f"--{key.replace('_', '-')}: {before} -> {now}")
-    if differences and not args.override_width_scaling:
+    if not differences:
+        return
+    changes = f"(checkpoint -> this run: {'; '.join(differences)})"
+    if not args.override_width_scaling:
         raise ConfigError(
             "--load",
             args.load,
-            f"the hyperparameters of the checkpoint (checkpoint -> this run: {'; '.join(differences)})",
+            f"the hyperparameters of the checkpoint {changes}",
             "give the checkpoint's values, or add --override-width-scaling to go on with the new ones",
         )
+    if in_groups:
+        raise ConfigError(
+            "--override-width-scaling",
+            f"with {args.load}",
+            "a checkpoint of --ckpt-format torch_dist: in this one the optimizer state belongs to places in the old "
+            f"param groups, not to parameters {changes}",
+            "save it again as torch_dist with the old values, or add --no-load-optim to start with a new optimizer",
+        )
+
+
+_LIVE_MASTERS = "megatron_patch fp32_from_fp16_params"
 
 
 def adopt_live_groups(optimizer: Any) -> None:
     """Make loading keep this run's param-group values and take only the optimizer state from the checkpoint.
 
-    For --override-width-scaling: Megatron matches groups by their LR and weight decay and would find no counterpart.
-    The state of every parameter is keyed by the parameter itself in Megatron's distributed checkpoints.
+    For --override-width-scaling: Megatron matches groups by their LR and weight decay and would find no counterpart,
+    and where their number differs it cannot even put what it has read into its place. The state of every parameter is
+    keyed by the parameter itself in Megatron's distributed checkpoints, so all that is needed is to keep the lists that
+    have one entry per group out of its way.
     """
     for child in child_optimizers(optimizer):
-        load = child.load_state_dict
+        shard, load = child.sharded_state_dict, child.load_state_dict
+
+        def without_groups(*args: Any, shard: Any = shard, **kwargs: Any) -> Any:
+            state_dict = shard(*args, **kwargs)
+            if argument(shard, "is_loading", args, kwargs):
+                inner = state_dict.get("optimizer", state_dict)
+                if isinstance(inner, dict):  # else one object of the whole, read as it was saved
+                    inner.pop("param_groups", None)
+                if "fp32_from_fp16_params" in state_dict:
+                    state_dict[_LIVE_MASTERS] = state_dict.pop("fp32_from_fp16_params")
+            return state_dict
 
         def adopting(state_dict: dict[str, Any], child: Any = child, load: Any = load) -> None:
-            inner = state_dict["optimizer"] if "optimizer" in state_dict else state_dict
+            inner = state_dict.get("optimizer", state_dict)
             saved = inner["param_groups"]
             step = {key: saved[0][key] for key in ("step",) if saved and key in saved[0]}
             live = child.optimizer.state_dict()["param_groups"]
             inner["param_groups"] = [{**group, **step} for group in live]
+            if _LIVE_MASTERS in state_dict:
+                state_dict["fp32_from_fp16_params"] = state_dict.pop(_LIVE_MASTERS)
             load(state_dict)
 
-        child.load_state_dict = adopting
+        child.sharded_state_dict, child.load_state_dict = without_groups, adopting

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_patch.errors import ConfigError, UpstreamChanged
-from megatron_patch.upstream.cpu_stand_ins import STAND_INS, StandIn, local_world_size
+from megatron_patch.upstream.cpu_megatron import MEGATRON_STAND_INS
+from megatron_patch.upstream.cpu_torch import TORCH_STAND_INS, StandIn, local_world_size
 
 __all__ = [
     "CPU_DEFAULTS",
@@ -29,6 +30,9 @@ __all__ = [
     "cpu_arguments",
     "prepare_environment",
 ]
+
+#: Every foreign attribute that is replaced while the platform is active, with the reason.
+STAND_INS: tuple[StandIn, ...] = (*TORCH_STAND_INS, *MEGATRON_STAND_INS)
 
 # --- environment -----------------------------------------------------------------------------------------------------
 
@@ -77,6 +81,7 @@ CPU_DEFAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
 CPU_REFUSED: tuple[tuple[str, str | None, str], ...] = (
     ("--fp8-format", None, "fp8 needs Transformer Engine"),
     ("--fp4-format", None, "fp4 needs Transformer Engine"),
+    ("--multi-latent-attention", None, "the local spec's attention does not take the head sizes of MLA"),
     ("--use-flash-attn", None, "flash attention is a CUDA kernel"),
     ("--moe-grouped-gemm", None, "grouped GEMM needs Transformer Engine"),
     ("--moe-permute-fusion", None, "the fused permutation needs Transformer Engine"),
@@ -161,28 +166,29 @@ def activate() -> "CpuPlatform":
     global _live
     if _live is not None:
         return _live
+    before = dict(os.environ)
     prepare_environment()
     import torch
 
     if torch.cuda.is_available():
+        os.environ.clear()
+        os.environ.update(before)
         raise ConfigError(
             "--cpu", "", "a machine without CUDA devices", "drop --cpu, or hide them with CUDA_VISIBLE_DEVICES=''"
         )
-    _live = CpuPlatform()
+    _live = CpuPlatform(TORCH_STAND_INS, MEGATRON_STAND_INS)
     return _live
 
 
 class CpuPlatform:
     """The live stand-ins; see `activate`. Leaving it as a context manager deactivates it."""
 
-    def __init__(self, stand_ins: Sequence[StandIn] = STAND_INS) -> None:
-        # torch's own are put in place first, for Megatron decides at import what the machine can do.
+    def __init__(self, *groups: Sequence[StandIn]) -> None:
+        """Puts the groups in place one after the other; torch's first, as Megatron asks for GPUs when imported."""
         self._undo: list[Callable[[], None]] = []
-        first = [s for s in stand_ins if not s.target.startswith("megatron")]
-        rest = [s for s in stand_ins if s.target.startswith("megatron")]
         _let_torch_note_its_own()
         try:
-            for group in (first, rest):
+            for group in groups:
                 resolved = [_resolve(s.target) for s in group]  # check the whole group before touching any of it
                 for stand_in, (owner, name, original) in zip(group, resolved, strict=True):
                     self._undo.append(_replace(owner, name, original, stand_in))
@@ -243,7 +249,7 @@ def _let_torch_note_its_own() -> None:
     `with torch.device("meta"):` recognises the factories by identity in a set that is built on first use. Built after
     activation it would hold our wrappers, the context would not see the originals they call, and would be inert.
     Importing `torch._dynamo` (Megatron does, through torch.compile) builds a table by name that refuses one function
-    under two names, as `_nothing` is.
+    under two names, as `nothing` is.
     """
     from torch.utils._device import _device_constructors
 

@@ -68,9 +68,17 @@ def check_version(allow_untested: bool = False) -> str:
     """Return Megatron's version.
 
     Raises:
-        UpstreamChanged: a series this package was not tested with, unless `allow_untested`.
+        UpstreamChanged: a series this package was not tested with, unless `allow_untested`; or no Megatron at all.
     """
-    version = str(importlib.import_module("megatron.core").__version__)
+    try:
+        core = importlib.import_module("megatron.core")
+    except ModuleNotFoundError as error:
+        if error.name not in ("megatron", "megatron.core"):
+            raise
+        raise UpstreamChanged(
+            "megatron-core is not installed in this Python: pip install 'megatron-core>=0.19,<0.20'"
+        ) from None
+    version = str(getattr(core, "__version__", "without a version"))
     if not allow_untested and not any(version == s or version.startswith(s + ".") for s in SUPPORTED_MEGATRON):
         raise UpstreamChanged(
             f"megatron-core {version}: megatron_patch is tested with {', '.join(SUPPORTED_MEGATRON)} only; install one "
@@ -84,20 +92,33 @@ def install(hooks: Sequence[Hook]) -> Installation:
 
     Raises:
         UpstreamChanged: a target is missing, is hooked already, lacks a parameter we rely on, or is bound in another
-            loaded Megatron module where the assignment would not reach. Nothing is assigned then.
+            module where the assignment would not reach. Nothing is assigned then.
     """
     checked = [_check(hook) for hook in hooks]
-    for a in checked:
-        a.replacement._megatron_patch = a.hook.target
+    targets = [hook.target for hook in hooks]
+    if twice := [target for target in targets if targets.count(target) > 1]:
+        raise UpstreamChanged(f"{twice[0]} is hooked twice by megatron_patch itself")
+    assigned = []
+    for hook, (module, attribute, original) in zip(hooks, checked, strict=True):
+        replacement = hook.wrap(original)
+        replacement._megatron_patch = hook.target
+        assigned.append(_Assigned(hook, module, attribute, original, replacement))
+    for a in assigned:
         setattr(a.module, a.attribute, a.replacement)
-    return Installation(checked)
+    return Installation(assigned)
 
 
-def _check(hook: Hook) -> _Assigned:
+def _check(hook: Hook) -> tuple[ModuleType, str, Any]:
     module_name, _, attribute = hook.target.partition(":")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not module_name.startswith(error.name or "?"):
+            raise
+        module = None
     if not hasattr(module, attribute):
         raise UpstreamChanged(f"{hook.target} does not exist in this Megatron (needed to {hook.why})")
+    assert module is not None
     original = getattr(module, attribute)
     if hasattr(original, "_megatron_patch"):
         raise UpstreamChanged(f"{hook.target} is hooked already: install megatron_patch once per process")
@@ -108,11 +129,13 @@ def _check(hook: Hook) -> _Assigned:
     elsewhere = [
         name
         for name, other in list(sys.modules.items())
-        if name.startswith("megatron.") and name not in allowed and vars(other).get(attribute) is original
+        if (name.startswith("megatron.") or name == "__main__")
+        and name not in allowed
+        and any(value is original for value in list(getattr(other, "__dict__", {}).values()))
     ]
     if elsewhere:
         raise UpstreamChanged(f"{hook.target} is also bound in {', '.join(elsewhere)}, where our hook would not reach")
-    return _Assigned(hook, module, attribute, original, hook.wrap(original))
+    return module, attribute, original
 
 
 def argument(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

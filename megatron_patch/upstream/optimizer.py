@@ -1,6 +1,7 @@
 """The width rule as Megatron's own `config_overrides`, and the initial weights by fan-in."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from megatron_patch.config import WidthConfig
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.theory.width import RULES, Multipliers, Rule, multipliers
 from megatron_patch.upstream.parameters import NamedParameter
+
+# The layers that Megatron initialises with a smaller std the deeper the model is.
+_WRITES_RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2|out_proj|fc2_latent_proj)\.")
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,12 @@ def make_plan(
         scope_key: mark the groups that depend on width, for a warmup that applies to those alone.
 
     Raises:
-        ConfigError: a weight decay of embeddings without one to be a multiple of.
-        AuditError: the rule scales something, but no parameter of the model is matrix-like.
+        ConfigError: a weight decay of embeddings without one to be a multiple of; --use-mup for a model whose layers
+            have several width multipliers.
     """
     rule = rule_of(width)
-    if not any(p.spec.role in ("matrix", "output") for p in parameters) and parameters:
-        names = ", ".join(p.spec.name for p in parameters[:3])
-        raise AuditError(f"--width-scaling {rule.name} matches no parameter of this model (it has {names}, ...)")
+    if use_mup and width.active:
+        _check_single_multiplier(parameters)
     base_min_lr = config.min_lr or 0.0
     embedding_decay = width.embedding_weight_decay
     if embedding_decay is not None and not weight_decay:
@@ -115,6 +118,18 @@ def make_plan(
         )
         keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, width_dependent).items()))
     return Plan(width, rule, weight_decay, tuple(parameters), hyperparameters, keys)
+
+
+def _check_single_multiplier(parameters: Sequence[NamedParameter]) -> None:
+    by_m = {p.spec.m: p.spec.name for p in parameters if p.spec.role == "matrix"}
+    if len(by_m) > 1:
+        (m, name), (other_m, other) = sorted(by_m.items())[:2]
+        raise ConfigError(
+            "--use-mup",
+            f"with m = {m:g} for {name} and m = {other_m:g} for {other}",
+            "one width multiplier for all layers: Megatron divides every LR by the ratio of the hidden sizes",
+            "drop the flags --base-... other than --base-hidden-size, or drop --use-mup",
+        )
 
 
 def _is_qk_layernorm(name: str) -> bool:
@@ -186,17 +201,24 @@ def initialise_by_fan_in(parameters: Sequence[NamedParameter], config: Any) -> N
     Source: arXiv 2510.19093, G.3.
     """
     depth = 2.0 if not getattr(config, "is_hybrid_model", False) else 1.0
-    stds = [config.init_method_std, config.init_method_std / math.sqrt(depth * config.num_layers)]
-    if getattr(config, "embedding_init_method_std", None):
-        stds.append(config.embedding_init_method_std)
+    std = config.init_method_std
+    std_into_residual = std / math.sqrt(depth * config.num_layers)
+    embedding_std = getattr(config, "embedding_init_method_std", None) or std
     for p in parameters:
         if p.spec.role == "vector" or ".conv1d." in p.spec.name:
             continue
         weight = p.parameter.data
         rms = weight.float().square().mean().sqrt().item()
-        drawn = min(stds, key=lambda s: abs(math.log(max(rms, 1e-30) / s)))
         # Six standard errors of the RMS of a Gaussian sample of this size, and bf16's rounding.
-        if abs(rms / drawn - 1) > 6 / math.sqrt(2 * weight.numel()) + 0.01:
+        tolerance = 6 / math.sqrt(2 * weight.numel()) + 0.01
+        if p.spec.role == "embedding":
+            usual = embedding_std
+        else:
+            usual = std_into_residual if _WRITES_RESIDUAL.search(f".{p.spec.name}") else std
+        # What this layer has by its name comes first: the RMS of a tiny one may fit two stds, another one on each rank.
+        stds = dict.fromkeys((usual, std, std_into_residual, embedding_std))
+        drawn = next((s for s in stds if abs(rms / s - 1) <= tolerance), None)
+        if drawn is None:
             raise AuditError(
                 f"--init-scaling fan-in: {p.spec.name} has RMS {rms:.4g}, which is none of Megatron's initial stds "
                 f"{', '.join(f'{s:.4g}' for s in stds)}; drop --init-scaling or initialise this layer in the model"

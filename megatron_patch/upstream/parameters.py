@@ -137,26 +137,17 @@ def global_names(chunk: torch.nn.Module, expert_rank: int) -> dict[str, str]:
 
 
 def role_of(name: str, parameter: torch.nn.Parameter) -> Role:
-    """Return the class of a parameter; every parameter has exactly one.
+    """Return the class of a parameter by its global name; every parameter has exactly one.
 
-    A bias is a vector however many dimensions it has, as in Megatron's own rule for weight decay; a tied LM head is the
-    embedding it shares its weight with.
+    A bias is a vector however many dimensions it has, as in Megatron's own rule for weight decay.
     """
     if parameter.dim() <= 1 or name.endswith(".bias"):
         return "vector"
     if name.startswith("output_layer.") or ".output_layer." in name:
-        return "embedding" if _is_tied_copy(name, parameter) else "output"
+        return "output"
     if re.search(r"(^|\.)(word|position|tokentype)_embeddings?\.", name):
         return "embedding"
     return "matrix"
-
-
-def _is_tied_copy(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether this is the last pipeline stage's copy of a word embedding that is tied to the LM head.
-
-    In the whole model the two are one parameter, the embedding's.
-    """
-    return "output_layer." in name and getattr(parameter, "shared_embedding", False)
 
 
 def describe(
@@ -184,7 +175,8 @@ def describe(
             if not parameter.requires_grad:
                 continue
             name = names[local_name]
-            if _is_tied_copy(name, parameter):
+            if getattr(parameter, "shared_embedding", False):
+                # The last stage's copy of a tied word embedding: one parameter in the whole model.
                 name = name.replace("output_layer.", "embedding.word_embeddings.")
             is_expert = ".experts." in name and ".shared_experts." not in name
             tp = (

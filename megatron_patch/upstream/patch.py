@@ -62,7 +62,9 @@ def entry_hooks(
         @functools.wraps(original)
         def add_megatron_arguments(parser: Any) -> Any:
             prepare_parser(parser)
-            return flags.add_arguments(original(parser))
+            parser = flags.add_arguments(original(parser))
+            flags.mend_help(parser)
+            return parser
 
         return add_megatron_arguments
 
@@ -112,8 +114,8 @@ def feature_hooks(settings: Settings) -> tuple[Hook, ...]:
             also_bound_in=("megatron.core.optimizer_param_scheduler", "megatron.training.checkpointing"),
         ),
         Hook(
-            "megatron.training.checkpointing:check_checkpoint_args",
-            ("checkpoint_args",),
+            "megatron.training.checkpointing:_load_base_checkpoint",
+            (),
             run.wrap_checkpoint_check,
             "refuse a checkpoint with other hyperparameters",
         ),
@@ -220,15 +222,20 @@ class _Run:
         return scheduler_factory(self.settings, get_args)
 
     def wrap_checkpoint_check(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Compare before Megatron fits what it reads into this run's param groups, where it would only find a misfit."""
+
         @functools.wraps(original)
-        def check_checkpoint_args(*args: Any, **kwargs: Any) -> Any:
+        def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
             from megatron.training import get_args
+            from megatron.training.checkpointing import CheckpointType
 
-            if not get_args().no_load_optim:
-                refuse_other_checkpoint(argument(original, "checkpoint_args", args, kwargs), get_args())
-            return original(*args, **kwargs)
+            state_dict, _, release, kind = result = original(*args, **kwargs)
+            ours = get_args()
+            if state_dict and "args" in state_dict and not (release or ours.finetune or ours.no_load_optim):
+                refuse_other_checkpoint(state_dict["args"], ours, in_groups=kind == CheckpointType.LEGACY)
+            return result
 
-        return check_checkpoint_args
+        return _load_base_checkpoint
 
     def wrap_setup(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

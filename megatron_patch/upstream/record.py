@@ -38,12 +38,21 @@ def _gather(value: Any) -> list[Any]:
 
 
 def parameter_classes(plan: Plan) -> tuple[ParameterClass, ...]:
-    """Return the classes of the whole model, the same on every rank; a collective call."""
+    """Return the classes of the whole model, the same on every rank; a collective call.
+
+    Raises:
+        AuditError: there is a rule, but no parameter of the whole model that it could scale. (One rank may well have
+            none: a pipeline stage of embeddings alone.)
+    """
     local = {(p.spec.role, p.spec.m, plan.hyperparameters[p.spec.name]) for p in plan.parameters}
     distinct = {entry for entries in _gather(local) for entry in entries}
     by_role: dict[str, dict[Hyperparameters, float]] = {}
     for role, m, hyperparameters in distinct:
         by_role.setdefault(role, {})[hyperparameters] = m
+    if plan.width.rule != "none" and not by_role.keys() & {"matrix", "output"}:
+        raise AuditError(
+            f"--width-scaling {plan.rule.name} scales no parameter: the model has {', '.join(sorted(by_role))} only"
+        )
     classes = []
     for role, variants in sorted(by_role.items()):
         for hyperparameters, m in sorted(variants.items(), key=lambda item: (item[1], item[0].weight_decay)):

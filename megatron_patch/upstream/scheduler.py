@@ -25,7 +25,8 @@ def warmup_steps(settings: Settings, args: Any) -> int:
     if settings.warmup.iters is not None:
         return settings.warmup.iters
     assert settings.warmup.fraction is not None  # WarmupConfig.validate
-    return math.ceil(settings.warmup.fraction * int(args.train_iters))
+    # Rounded, since 0.07 * 100 is a little more than 7.
+    return math.ceil(round(settings.warmup.fraction * int(args.train_iters), 6))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Every file in configs/ is accepted by Megatron's own validation and by ours, at the size its header names.
 
 Nothing here needs a GPU or Transformer Engine. What Megatron 0.19.2 asks of the machine while it validates is answered
-for it: the environment of rank 0 in a job of `WORLD_SIZES` ranks; "Hopper" to its question for the GPU's generation; and,
+for it: the environment of rank 0 in a job of `WORLD_SIZES` ranks; "Hopper" when it asks for the GPU's generation; and,
 where Transformer Engine is not installed, that its fused rotary kernel is there. It asks nothing else about Transformer
 Engine for these files, not even for FP8, before layers are built.
 """
@@ -51,14 +51,14 @@ def header_flags(name: str) -> list[str]:
     return words[at + 2 :]
 
 
-def accepted(monkeypatch: pytest.MonkeyPatch, name: str, extra: list[str], world_size: int) -> Any:
+def accepted(monkeypatch: pytest.MonkeyPatch, path: Path, extra: list[str], world_size: int) -> Any:
     """Megatron's namespace for a file and more flags, after every check that comes before a process group exists."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
 
     parser = add_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    words = yaml_arguments(load_yaml(str(CONFIGS / f"{name}.yaml")), parser, extra) + extra
+    words = yaml_arguments(load_yaml(str(path)), parser, extra) + extra
     if "--cpu" in words:
         words, _ = cpu_arguments(words)
     monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *words])
@@ -76,14 +76,14 @@ def accepted(monkeypatch: pytest.MonkeyPatch, name: str, extra: list[str], world
     return args
 
 
-def parameters(args: Any) -> int:
+def parameters(args: Any) -> float:
     """Number of parameters of an untied, bias-free, gated, dense GPT."""
     kv_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     q_and_proj = 2 * args.num_attention_heads * args.kv_channels * args.hidden_size
     k_and_v = 2 * kv_groups * args.kv_channels * args.hidden_size
     mlp = 3 * args.hidden_size * args.ffn_hidden_size
     layer = q_and_proj + k_and_v + mlp + 2 * args.hidden_size
-    return args.num_layers * layer + 2 * args.vocab_size * args.hidden_size + args.hidden_size
+    return float(args.num_layers * layer + 2 * args.vocab_size * args.hidden_size + args.hidden_size)
 
 
 def test_every_config_has_a_size() -> None:
@@ -92,7 +92,7 @@ def test_every_config_has_a_size() -> None:
 
 @pytest.mark.parametrize("name", WORLD_SIZES)
 def test_accepted_with_the_command_in_its_header(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    args = accepted(monkeypatch, name, header_flags(name), WORLD_SIZES[name])
+    args = accepted(monkeypatch, CONFIGS / f"{name}.yaml", header_flags(name), WORLD_SIZES[name])
 
     assert args.global_batch_size % (args.micro_batch_size * args.data_parallel_size) == 0
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
@@ -108,7 +108,7 @@ def test_header_tells_the_number_of_parameters(monkeypatch: pytest.MonkeyPatch, 
     unit = {"million": 1e6, "billion": 1e9}[found[2]]
     decimals = len(found[1].partition(".")[2])
 
-    args = accepted(monkeypatch, name, header_flags(name), WORLD_SIZES[name])
+    args = accepted(monkeypatch, CONFIGS / f"{name}.yaml", header_flags(name), WORLD_SIZES[name])
     assert round(parameters(args) / unit, decimals) == float(found[1])
 
 
@@ -119,7 +119,7 @@ def test_proxy_in_the_header_of_a_target(monkeypatch: pytest.MonkeyPatch, name: 
     assert found, f"{name}: no proxy in the header"
     target = load_yaml(str(CONFIGS / f"{name}.yaml"))
 
-    proxy = accepted(monkeypatch, name, header_flags(name) + found[1].split(), 8)
+    proxy = accepted(monkeypatch, CONFIGS / f"{name}.yaml", header_flags(name) + found[1].split(), 8)
     assert proxy.hidden_size == target["base-hidden-size"]
     assert proxy.ffn_hidden_size == target["base-ffn-hidden-size"]
     assert proxy.num_attention_heads * proxy.kv_channels == target["base-kv-projection-size"]
@@ -128,7 +128,7 @@ def test_proxy_in_the_header_of_a_target(monkeypatch: pytest.MonkeyPatch, name: 
 
 
 def test_family_differs_in_width_only() -> None:
-    """Width times head count, MLP and micro batch: everything else is the same in the five files of the paper's family."""
+    """Width with its heads and MLP, and the micro batch: all else is the same in the five files."""
     family = [load_yaml(str(CONFIGS / f"{name}.yaml")) for name in WORLD_SIZES if name.startswith("paper")]
     assert len(family) == 5
     for flags in family:
@@ -146,6 +146,9 @@ def test_fp8_differs_from_bf16_in_precision_only(size: str) -> None:
     assert fp8 == bf16 | added
 
 
-def test_unknown_key_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_key_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text((CONFIGS / "paper_llama_w128.yaml").read_text() + "weight-decai: 0.1\n")
     with pytest.raises(SystemExit):
-        accepted(monkeypatch, "paper_llama_w128", [*header_flags("paper_llama_w128"), "--no-such-flag", "1"], 8)
+        accepted(monkeypatch, misspelt, header_flags("paper_llama_w128"), 8)
+    assert "unrecognized arguments: --weight-decai 0.1" in capsys.readouterr().err

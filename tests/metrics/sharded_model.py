@@ -1,12 +1,15 @@
 """A made-up model of a few linear layers: full matrices, and the same cut over tensor- and data-parallel ranks."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_patch.metrics import reduce
 from megatron_patch.metrics.meter import Meter
 from megatron_patch.metrics.probes import Sample
 from megatron_patch.metrics.registry import Registry
@@ -47,7 +50,12 @@ def part_of_rows(layer: Layer) -> Tensor:
     return torch.zeros(layer.fan_out, dtype=torch.int64)
 
 
-def full_model(data_ranks: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def layers(copies: int) -> tuple[Layer, ...]:
+    """The layers, several times over under different names."""
+    return tuple(replace(layer, name=f"{layer.name}{i or ''}") for i in range(copies) for layer in LAYERS)
+
+
+def full_model(data_ranks: int, copies: int = 1) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Weights before and after a step [K, C] and inputs [data rank, token, C]: fp32 numbers in float64."""
     generator = torch.Generator().manual_seed(3)
 
@@ -55,23 +63,63 @@ def full_model(data_ranks: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         return torch.randn(*shape, generator=generator, dtype=torch.float32).double()
 
     result = {}
-    for layer in LAYERS:
+    for layer in layers(copies):
         old = draw(layer.fan_out, layer.fan_in)
         new = ((1 - LR * WEIGHT_DECAY) * old + LR * draw(layer.fan_out, layer.fan_in)).float().double()
         result[layer.name] = old, new, draw(data_ranks, TOKENS, layer.fan_in)
     return result
 
 
-def measure(rank: int, tp: int, dp: int, sharded: bool, spectral: bool = False) -> dict[str, Any]:
-    """Measure one step of the full model, cut over tp x dp ranks; returns the table of rank 0's lines and more."""
+@contextmanager
+def counted() -> Iterator[list[tuple[str, int]]]:
+    """Collect the kind and the bytes sent of every collective."""
+    calls: list[tuple[str, int]] = []
+
+    def counting(kind: str, original: Any, sent: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((kind, args[sent].numel() * args[sent].element_size()))
+            return original(*args, **kwargs)
+
+        return call
+
+    places = (
+        (dist, "all_reduce", 0),
+        (dist, "all_to_all_single", 1),
+        (reduce, "_all_gather", 1),
+        (reduce, "_reduce_scatter", 1),
+    )
+    originals = [getattr(module, name) for module, name, _ in places]
+    for (module, name, sent), original in zip(places, originals, strict=True):
+        setattr(module, name, counting(name.strip("_"), original, sent))
+    try:
+        yield calls
+    finally:
+        for (module, name, _), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+
+
+def measure(tp: int, dp: int, sharded: bool, spectral: bool = False, copies: int = 1, idle: str = "") -> dict[str, Any]:
+    """Measure one step of the full model, cut over tp x dp ranks.
+
+    Args:
+        tp, dp: tensor- and data-parallel size.
+        sharded: whether the fp32 weights are cut over the data-parallel ranks.
+        spectral: whether to measure top singular values.
+        copies: how many times each layer exists.
+        idle: a layer that gets no token on the last data-parallel rank, as an expert may.
+
+    Returns:
+        The reduced table, the collectives that were made, and what was held.
+    """
+    rank = dist.get_rank()
     tp_rank, dp_rank = rank % tp, rank // tp
     tp_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
     dp_groups = [dist.new_group([d * tp + t for d in range(dp)]) for t in range(tp)]
     tp_group, dp_group = tp_groups[dp_rank], dp_groups[tp_rank]
-    model = full_model(dp)
+    model = full_model(dp, copies)
     sample = Sample(iteration=5, count=SAMPLED)
     views, points, updates = [], [], {}
-    for layer in LAYERS:
+    for layer in layers(copies):
         old, new, inputs = model[layer.name]
         parts = part_of_rows(layer)
         x = inputs[dp_rank]
@@ -111,6 +159,8 @@ def measure(rank: int, tp: int, dp: int, sharded: bool, spectral: bool = False) 
             x = args[0]
             where = (tp_rank, tp) if view.scattered else (0, 1)
             index, counts = sample.local(x.shape[0], x.device, *where)
+            if view.name == idle and dp_rank == dp - 1:
+                index, counts = index[:0], tuple(0 for _ in counts)
             return {view.name: Captured(x[index].float(), counts)}
 
         points.append((CapturePoint(module, extract), x.float()))
@@ -120,15 +170,17 @@ def measure(rank: int, tp: int, dp: int, sharded: bool, spectral: bool = False) 
     for point, x in points:
         point.module(x)
         point.module(torch.full_like(x, 1e9))  # later microbatches and recomputation must not count
-    meter.before_update(alignment=True, spectral=spectral)
-    held = meter.held_bytes
-    for master, new in updates.values():
-        master.copy_(new)
-    table, _, skipped = meter.after_update(True)
+    with counted() as calls:
+        meter.before_update(alignment=True, spectral=spectral)
+        held = meter.held_bytes
+        for master, new in updates.values():
+            master.copy_(new)
+        table, _, skipped = meter.after_update(True)
     return {
         "rows": [row.layer for row in registry.rows],
         "table": table.tolist(),
         "skipped": skipped,
+        "calls": calls,
         "held_bytes": held,
         "slice_bytes": sum(m.numel() * 4 for m, _ in updates.values()),
     }

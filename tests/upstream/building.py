@@ -4,8 +4,9 @@
 parameters paired with param groups through the tensors that the optimizer really steps.
 """
 
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,10 @@ COMMON: tuple[str, ...] = tuple(
     "--weight-decay 0.1 --adam-eps 1e-8 --tokenizer-type NullTokenizer --vocab-size 63 "
     "--make-vocab-size-divisible-by 32 --attention-dropout 0 --hidden-dropout 0".split()
 )
+LLAMA_STYLE = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
+    "--position-embedding-type rope"
+)
 
 
 @dataclass
@@ -28,6 +33,8 @@ class Built:
     model: list[Any]
     optimizer: Any
     scheduler: Any
+    plan: Any = None
+    """What the package wants every parameter to be trained with; None without flags of ours."""
 
 
 @dataclass
@@ -35,36 +42,48 @@ class Builder:
     """Builds one run after another in one process, all with the same parallel layout."""
 
     installed: list[Any] = field(default_factory=list)
+    plan: Any = None
 
-    def parse(self, argv: Sequence[str]) -> Any:
-        """Return Megatron's arguments, parsed and checked by it and by us; our hooks for them are installed."""
-        from megatron.core.datasets import utils as dataset_utils
-        from megatron.training import global_vars
+    def parse(self, argv: Sequence[str], gpu_argv: Sequence[str] = ()) -> Any:
+        """Return Megatron's arguments, parsed and checked by it and by us; the hooks they ask for are installed.
+
+        The flags in `gpu_argv` are among those that the CPU platform refuses.
+        """
+        from megatron.training import arguments, global_vars
+        from megatron.training.argument_utils import ArgumentGroupFactory
         from megatron.training.arguments import parse_and_validate_args
 
+        from megatron_patch.upstream import patch
         from megatron_patch.upstream.cpu_platform import cpu_arguments
         from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
 
-        dataset_utils.compile_helpers = lambda: None
         if not self.installed:
-            self.installed.append(install(tuple(h for h in entry_hooks(self.installed) if "compile" not in h.target)))
+            # Building the parser takes a third of a second, most of it for the help texts of the config classes.
+            original = ArgumentGroupFactory._get_field_docstrings
+            cached = functools.cache(functools.partial(original, object.__new__(ArgumentGroupFactory)))
+            ArgumentGroupFactory._get_field_docstrings = lambda self, cls: cached(cls)
+            arguments._print_args = lambda title, args: None
+            patch.audit_build = self._note_plan(patch.audit_build)
+            self.installed.append(install(patch.entry_hooks(self.installed)))
         while len(self.installed) > 1:
             self.installed.pop().remove()
         global_vars.unset_global_variables()
-        sys.argv = ["train", *cpu_arguments([*COMMON, *argv])[0]]
+        sys.argv = ["train", *cpu_arguments([*COMMON, *argv])[0], *gpu_argv]
         return parse_and_validate_args()
 
     def build(self, argv: Sequence[str]) -> Built:
-        """Parse and set up."""
+        """Parse, and set model, optimizer and scheduler up as `pretrain` does."""
         from megatron.core.enums import ModelType
-        from megatron.core.rerun_state_machine import destroy_rerun_state_machine
         from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.rerun_state_machine import destroy_rerun_state_machine
         from megatron.training import training
         from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
         from megatron.training.initialize import initialize_megatron
 
         args = self.parse(argv)
+        self.plan = None
+        if args.multi_latent_attention:
+            _let_mla_build()
         destroy_rerun_state_machine()
         initialize_megatron()
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -73,42 +92,52 @@ class Builder:
             cfg_container=config,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-        return Built(args, model, optimizer, scheduler)
+        return Built(args, model, optimizer, scheduler, self.plan)
+
+    def _note_plan(self, audit_build: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def noting(plan: Any, optimizer: Any) -> None:
+            self.plan = plan
+            audit_build(plan, optimizer)
+
+        return noting
 
 
-def groups_of(optimizer: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yield every (param group, model parameter) of this rank, found through the tensors in the group."""
+def _let_mla_build() -> None:
+    """Megatron's local attention kernel does not take MLA's head sizes; it has no parameters, so anything will do."""
+    import torch
+    from megatron.core.models.backends import LocalSpecProvider
+
+    class Attention(torch.nn.Module):
+        def __init__(self, **sizes: Any) -> None:
+            super().__init__()
+
+    LocalSpecProvider.core_attention = lambda self: Attention
+
+
+def groups_of(optimizer: Any) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    """Yield every (param group, tensor that is stepped, its model parameter) of this rank."""
     for child in optimizer.chained_optimizers:
         if getattr(child, "is_stub_optimizer", False):
             continue
-        model_parameter = {}
-        for of_model, stepped in (
+        of_model = {}
+        for ours, stepped in (
             ("model_float16_groups", "shard_fp32_from_float16_groups"),
             ("model_fp32_groups", "shard_fp32_groups"),
             ("float16_groups", "fp32_from_float16_groups"),
-            ("fp32_from_fp32_groups", "fp32_from_fp32_groups"),
         ):
-            for ours, theirs in zip(getattr(child, of_model, []), getattr(child, stepped, []), strict=True):
-                model_parameter.update(
-                    {id(tensor): parameter for parameter, tensor in zip(ours, theirs, strict=True) if tensor is not None}
-                )
+            for parameters, tensors in zip(getattr(child, ours, []), getattr(child, stepped, []), strict=True):
+                of_model.update({id(t): p for p, t in zip(parameters, tensors, strict=True) if t is not None})
         for group in child.optimizer.param_groups:
             for tensor in group["params"]:
-                yield group, model_parameter.get(id(tensor), tensor)
+                yield group, tensor, of_model.get(id(tensor), tensor)
 
 
 def live(built: Built) -> dict[str, dict[str, float]]:
-    """Return what this rank's optimizer trains each of its parameters with, by global name."""
+    """Return what this rank's optimizer trains each of its parameters with, by the name in the unsplit model."""
     names = {id(parameter): name for name, parameter in global_names(built.model).items()}
     found: dict[str, dict[str, float]] = {}
-    for group, parameter in groups_of(built.optimizer):
+    for group, _, parameter in groups_of(built.optimizer):
         name = names[id(parameter)]
         assert name not in found, f"{name} is in two groups"
-        found[name] = {
-            "max_lr": group["max_lr"],
-            "min_lr": group["min_lr"],
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-            "eps": group["eps"],
-        }
+        found[name] = {key: group[key] for key in ("max_lr", "min_lr", "lr", "weight_decay", "eps")}
     return found

@@ -2,12 +2,23 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.config import MetricsConfig, WidthConfig
 from tests.training import Hooks, Run
 from tests.upstream.reference import scatter_weights
+
+
+def causal_attention(scale: float, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return plain causal attention of [s, b, heads, size] tensors, [s, b, heads * value size]."""
+    import torch
+
+    scores = torch.einsum("sbhd,tbhd->bhst", query, key) * scale
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
 
 
 @dataclass
@@ -25,6 +36,32 @@ class Monitored(Hooks):
     scatter: bool = True
     monitor: Any = field(default=None, repr=False)
 
+    def before_arguments(self) -> None:
+        """Let MLA be built from the local spec, whose attention does not know its head sizes in 0.19.2; let pipelines
+        be interleaved, for which the trainer wants a data set provider with another signature."""
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+        from tests import training
+
+        provider = training._datasets
+
+        def staged(sizes: Any, vp_stage: int | None = None) -> Any:
+            return provider(sizes)
+
+        staged.is_distributed = True  # type: ignore[attr-defined]
+        training._datasets = staged
+
+        original = DotProductAttention.__init__
+
+        def init(
+            self: Any, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any
+        ) -> None:
+            original(self, config, *args, **kwargs)
+            if k_channels is not None:
+                self.forward = partial(causal_attention, k_channels**-0.5)
+
+        DotProductAttention.__init__ = init
+
     def built(self, run: Run) -> None:
         from megatron.core import parallel_state
         from megatron.core.utils import get_model_config
@@ -35,7 +72,7 @@ class Monitored(Hooks):
         settings = MetricsConfig(self.interval, self.tokens, self.layers, self.spectral, self.directory)
         parameters = list(describe(run.model, get_model_config(run.model[0]), WidthConfig(), parallel_state))
         if self.scatter:
-            scatter_weights(parameters, run.optimizer, parallel_state)
+            scatter_weights(parameters, run.optimizer, parallel_state, bool(run.args.swiglu))
         self.monitor = AlignmentMonitor(settings, run.model, parameters, run.optimizer, run.args)
         watch(self.monitor, run.optimizer)
 

@@ -5,6 +5,7 @@ a sharded Megatron model (`scatter_weights`) and this one start from the same nu
 """
 
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,8 @@ from torch.nn import functional
 from megatron_patch.metrics.probes import sample_positions
 from tests.training import _sequence
 
-
-# Adam's first updates are nearly g / (|g| + eps). With the usual eps of 1e-8 they are the sign of the gradient, and where
-# that is rounding noise fp32 and fp64 disagree by 100%: not what these tests are about.
+# Adam's first updates are nearly g / (|g| + eps). With the usual eps of 1e-8 they are the sign of the gradient, and
+# where that is rounding noise fp32 and fp64 disagree by 100%: not what these tests are about.
 EPS = 1e-4
 
 
@@ -50,8 +50,8 @@ class Model:
             f"--num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads {self.heads} "
             f"--ffn-hidden-size {self.ffn} --seq-length {self.length} --max-position-embeddings {self.length} "
             f"--vocab-size {self.vocabulary - 1} --make-vocab-size-divisible-by 16 --normalization {self.norm} "
-            "--micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant --lr-warmup-iters 0 "
-            f"--weight-decay 0.1 --clip-grad 1.0 --adam-eps {EPS}"
+            "--micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 0 --lr-decay-style constant "
+            f"--lr-warmup-iters 0 --weight-decay 0.1 --clip-grad 1.0 --adam-eps {EPS}"
         )
         if self.latent:
             q, kv, nope, pe, v = self.latent
@@ -79,16 +79,35 @@ def initial_value(name: str, shape: Sequence[int]) -> Tensor:
     return value * (1.5 / math.sqrt(shape[1]) if "embedding" not in name else 0.3)
 
 
-def scatter_weights(parameters: Sequence[Any], optimizer: Any, groups: Any) -> None:
+def local_spec_name(name: str) -> str:
+    """Return what the local layer spec calls a parameter that Transformer Engine keeps elsewhere.
+
+    >>> local_spec_name("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight")
+    'decoder.layers.1.input_layernorm.weight'
+    >>> local_spec_name("decoder.layers.1.mlp.experts.linear_fc1.weight5")
+    'decoder.layers.1.mlp.experts.local_experts.5.linear_fc1.weight'
+    """
+    for fused, norm in (
+        (r"self_attention\.linear_qkv", "input_layernorm"),
+        (r"self_attention\.linear_q_up_proj", "self_attention.q_layernorm"),
+        (r"self_attention\.linear_kv_up_proj", "self_attention.kv_layernorm"),
+        (r"mlp\.linear_fc1", "pre_mlp_layernorm"),
+    ):
+        name = re.sub(fused + r"\.layer_norm_(weight|bias)$", norm + r".\1", name)
+    return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)", r"experts.local_experts.\2.\1.weight", name)
+
+
+def scatter_weights(parameters: Sequence[Any], optimizer: Any, groups: Any, gated: bool) -> None:
     """Overwrite the weights of a Megatron model by this rank's shards of `initial_value`.
 
     Args:
         parameters: `NamedParameter`s of this rank.
         optimizer: gets its fp32 copies from the new weights.
         groups: Megatron's `parallel_state`.
+        gated: whether fc1 is [gates; ups], each of which is cut over the ranks.
     """
     for p in parameters:
-        whole = initial_value(p.spec.name, p.spec.shape)
+        whole = initial_value(local_spec_name(p.spec.name), p.spec.shape)
         expert = ".experts." in p.spec.name
         size = (
             groups.get_expert_tensor_parallel_world_size() if expert else groups.get_tensor_model_parallel_world_size()
@@ -96,7 +115,7 @@ def scatter_weights(parameters: Sequence[Any], optimizer: Any, groups: Any) -> N
         rank = groups.get_expert_tensor_parallel_rank() if expert else groups.get_tensor_model_parallel_rank()
         if getattr(p.parameter, "tensor_model_parallel", False) and size > 1:
             dim = p.parameter.partition_dim
-            halves = whole.chunk(2, dim) if getattr(p.parameter, "partition_stride", 1) == 2 else (whole,)
+            halves = whole.chunk(2, dim) if gated and ".linear_fc1.weight" in p.spec.name else (whole,)
             whole = torch.cat([half.chunk(size, dim)[rank] for half in halves], dim)
         with torch.no_grad():
             p.parameter.copy_(whole)
@@ -243,13 +262,16 @@ class Reference:
 
     # --- training and metrics -------------------------------------------------------------------------------------
 
-    def train(self, steps: int, data_ranks: int, sampled: int) -> Iterator[dict[str, dict[str, float]]]:
+    def train(
+        self, steps: int, data_ranks: int, sampled: int, context_ranks: int = 1
+    ) -> Iterator[dict[str, dict[str, float]]]:
         """Yield the metrics of each step by line name.
 
         Args:
             steps: how many.
             data_ranks: data-parallel size, which decides whose first microbatches are looked at.
-            sampled: tokens per data-parallel rank.
+            sampled: tokens per data-parallel and context-parallel rank.
+            context_ranks: context-parallel size n; rank r holds chunks r and 2n - 1 - r of each sequence.
         """
         batch, micro, lr, decay = 8, 2, 1e-2, 0.1
         moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
@@ -274,24 +296,37 @@ class Reference:
                 update = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + EPS)
                 wd = decay if w.dim() > 1 else 0.0
                 new[name] = ((1 - lr * wd) * w - lr * update).detach()
-            yield dict(self.metrics(new, step + 1, data_ranks, micro, sampled, lr, decay))
+            yield dict(self.metrics(new, step + 1, data_ranks, context_ranks, micro, sampled, lr, decay))
             self.weights = {name: w.requires_grad_() for name, w in new.items()}
 
     def metrics(
-        self, new: dict[str, Tensor], iteration: int, data_ranks: int, micro: int, sampled: int, lr: float, decay: float
+        self,
+        new: dict[str, Tensor],
+        iteration: int,
+        data_ranks: int,
+        context_ranks: int,
+        micro: int,
+        sampled: int,
+        lr: float,
+        decay: float,
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        positions = sample_positions(self.model.length * micro, sampled, iteration)
+        length = self.model.length
+        positions = sample_positions(length // context_ranks * micro, sampled, iteration)
+        chunks = torch.arange(length).chunk(2 * context_ranks)
+        held = [torch.cat([chunks[r], chunks[2 * context_ranks - 1 - r]]) for r in range(context_ranks)]
         for name, inputs in self.recorder.inputs.items():
             key = "embedding.word_embeddings.weight" if name not in self.linears else f"{name}.weight"
             w = self.weights[key].detach()
             dw = new[key] - (1 - lr * decay) * w
             chosen = []
             for rank in range(data_ranks):
-                mine = slice(rank * micro, (rank + 1) * micro)
-                x = inputs[:, mine].reshape(-1, inputs.shape[-1])[positions]
-                if name in self.recorder.routed:
-                    x = x[self.recorder.routed[name][:, mine].reshape(-1)[positions]]
-                chosen.append(x)
+                for places in held:
+                    mine = inputs[places, rank * micro : (rank + 1) * micro]
+                    x = mine.reshape(-1, inputs.shape[-1])[positions]
+                    if name in self.recorder.routed:
+                        routed = self.recorder.routed[name][places, rank * micro : (rank + 1) * micro]
+                        x = x[routed.reshape(-1)[positions]]
+                    chosen.append(x)
             x = torch.cat(chosen).T  # [C, B]
             for part, rows in self.parts(name, w.shape[0]).items():
                 yield name + part, one_layer(w[rows], dw[rows], x)

@@ -39,12 +39,13 @@ METRICS = (
 
 
 def differences(
-    model: Model, lines: dict[tuple[int, str], dict[str, Any]], data_ranks: int
+    model: Model, lines: dict[tuple[int, str], dict[str, Any]], data_ranks: int, context_ranks: int = 1
 ) -> dict[str, tuple[float, Any]]:
     """Return the largest relative difference from the reference and where it is, for each metric."""
     worst: dict[str, tuple[float, Any]] = {}
     expected_keys = set()
-    for iteration, expected in enumerate(Reference(model).train(STEPS, data_ranks, SAMPLED), start=1):
+    steps = Reference(model).train(STEPS, data_ranks, SAMPLED, context_ranks)
+    for iteration, expected in enumerate(steps, start=1):
         for layer, values in expected.items():
             expected_keys.add((iteration, layer))
             line = lines[iteration, layer]
@@ -85,8 +86,6 @@ LAYOUTS = {
     "moe-tp2-etp1": (MIXTURE, 2, 1, (*TP2, *SP, "--expert-tensor-parallel-size", "1")),
     "moe-tp2-ep2-sp": (MIXTURE, 4, 2, (*TP2, *SP, *EP2)),
     "mla": (LATENT, 1, 1, ()),
-    "mla-tp2": (LATENT, 2, 1, TP2),
-    "mla-tp2-sp": (LATENT, 2, 1, (*TP2, *SP)),
     "mla-dp2-distributed": (LATENT, 2, 2, DISTRIBUTED),
 }
 
@@ -104,3 +103,25 @@ def test_every_metric_is_that_of_full_matrices_in_float64(pool: Pool, tmp_path: 
         if line["kind"] != "expert_mean" and line["alignment_ratio"] is not None:
             identity = line["alignment_ratio"] * line["relative_update"]
             assert line["relative_representation_change"] == pytest.approx(identity, rel=1e-12)
+
+
+@pytest.mark.parametrize("flags", [TP2, (*TP2, *SP)], ids=["tp2", "tp2-sp"])
+def test_latent_attention_under_tensor_parallelism(pool: Pool, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Of the first step only what does not depend on gradients is compared.
+
+    Megatron 0.19.2 does not build MLA from the local spec (the tests help it to), and under tensor parallelism the
+    gradient of the key's position part, which all heads share, is not summed over the ranks: from linear_kv_down_proj
+    down the gradients themselves differ from one rank's.
+    """
+    hooks = Monitored(str(tmp_path), spectral=1, tokens=SAMPLED)
+    pool.run(train, ranks=2, argv=[*TINY, *LATENT.flags(), *flags], steps=1, hooks=hooks)
+    lines = read_lines(tmp_path)
+    expected = next(Reference(LATENT).train(1, 1, SAMPLED))
+    assert {layer for _, layer in lines} == set(expected)
+    for layer, values in expected.items():
+        line = lines[1, layer]
+        for metric in ("tokens", "weight_norm", "weight_alignment"):
+            assert line[metric] == pytest.approx(values[metric], rel=1e-5), (layer, metric)
+        assert line["top_singular_value"] == pytest.approx(values["top_singular_value"], rel=1e-3)
+        identity = line["alignment_ratio"] * line["relative_update"]
+        assert line["relative_representation_change"] == pytest.approx(identity, rel=1e-12)

@@ -1,0 +1,75 @@
+"""launch/pretrain_gpt.py: an ordinary Megatron script, run on CPU through megatron_patch."""
+
+import argparse
+import ast
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "pretrain_gpt.py"
+TINY = """
+--cpu --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --num-layers 2 --hidden-size 64
+--num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4
+--train-iters 3 --lr-decay-iters 3 --lr 1e-2 --log-interval 1 --eval-iters 1 --eval-interval 100
+--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+""".split()
+
+
+def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the script under torchrun on CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    launcher += ["--nproc_per_node", str(ranks), "-m", "megatron_patch", "run", str(SCRIPT)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *launcher, *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+def test_knows_nothing_of_megatron_patch() -> None:
+    imports = [
+        node for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = [
+        name for node in imports for name in ([a.name for a in node.names] + [getattr(node, "module", None) or ""])
+    ]
+    assert [name for name in names if name.startswith("megatron_patch")] == []
+
+
+def test_refused_flags_exist() -> None:
+    """A name that Megatron renames would silently no longer be refused."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    known = {action.dest for action in add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._actions}
+    refused = re.search(r"^REFUSED = \((.*?)\)\.split", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    assert refused
+    names = ast.literal_eval(f"({refused[1]})").split()
+    assert len(names) == 11
+    assert [name for name in names if name not in known] == []
+
+
+@pytest.mark.parametrize("parallel", [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]])
+def test_two_ranks_train(parallel: list[str]) -> None:
+    done = run(*parallel, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [float(found) for found in re.findall(r"iteration +\d+/ +3 .*lm loss: (\S+)", done.stdout)]
+    assert len(losses) == 3
+    assert abs(losses[0] - math.log(256)) < 0.5, "an untrained model guesses"
+    assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["--mtp-num-layers", "1"], "--mtp-num-layers is not supported")])
+def test_refuses_what_it_would_do_half(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode != 0, "torchrun makes a 1 of the script's 2"
+    assert message in done.stdout
+    assert "lm loss" not in done.stdout

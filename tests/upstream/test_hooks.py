@@ -1,0 +1,383 @@
+"""Hooks: everything is checked before anything is touched, and everything can be undone. And they fit real Megatron."""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig
+from megatron_patch.errors import UpstreamChanged
+from megatron_patch.upstream.hooks import Hook, Installation, argument, check_version, install
+from tests.pool import Pool
+
+# --- on stubs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    """Two modules that look like Megatron's: `first` defines `build` and `step`, `second` defines `log`."""
+    first, second = ModuleType("megatron.stub_first"), ModuleType("megatron.stub_second")
+
+    def build(config: Any, model: Any, extra: int = 7) -> Any:
+        return ("built", config, model, extra)
+
+    def step(iteration: int) -> Any:
+        return ("stepped", iteration)
+
+    def log(*args: Any) -> Any:
+        return ("logged", *args)
+
+    for module, functions in ((first, (build, step)), (second, (log,))):
+        for function in functions:
+            function.__module__ = module.__name__
+            setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return first, second
+
+
+def loud(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper that can be told from its original."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ("wrapped", original(*args, **kwargs))
+
+    return wrapper
+
+
+def hook(target: str, *parameters: str, **more: Any) -> Hook:
+    return Hook(f"megatron.stub_{target}", parameters, loud, "test the hooks", **more)
+
+
+ALL = (hook("first:build", "config", "model"), hook("first:step", "iteration"), hook("second:log"))
+
+
+def everything(stubs: tuple[ModuleType, ModuleType]) -> dict[str, Any]:
+    """What the stubs hold now."""
+    return {f"{m.__name__}:{name}": value for m in stubs for name, value in vars(m).items() if name[0] != "_"}
+
+
+def test_all_are_assigned_and_all_are_undone(stubs: tuple[ModuleType, ModuleType]) -> None:
+    before = everything(stubs)
+    installation = install(ALL)
+    first, second = stubs
+    assert first.build("c", "m") == ("wrapped", ("built", "c", "m", 7))
+    assert first.step(3) == ("wrapped", ("stepped", 3))
+    assert second.log() == ("wrapped", ("logged",))
+    installation.remove()
+    assert {name: value for name, value in everything(stubs).items() if value is not before[name]} == {}
+    assert everything(stubs).keys() == before.keys()
+
+
+def test_context_manager_undoes_after_an_error(stubs: tuple[ModuleType, ModuleType]) -> None:
+    before = everything(stubs)
+
+    def fail() -> None:
+        with install(ALL):
+            assert everything(stubs) != before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert everything(stubs) == before
+
+
+def test_removing_twice_is_harmless(stubs: tuple[ModuleType, ModuleType]) -> None:
+    installation = install(ALL)
+    installation.remove()
+    stubs[0].build = loud(stubs[0].build)  # somebody else's business by now
+    installation.remove()
+
+
+def missing_symbol(stubs: tuple[ModuleType, ModuleType]) -> str:
+    del stubs[1].log
+    return "megatron.stub_second:log does not exist in this Megatron (needed to test the hooks)"
+
+
+def missing_module(stubs: tuple[ModuleType, ModuleType]) -> str:
+    del sys.modules[stubs[1].__name__]
+    return "megatron.stub_second:log does not exist in this Megatron (needed to test the hooks)"
+
+
+def missing_parameter(stubs: tuple[ModuleType, ModuleType]) -> str:
+    def step(current: int) -> None: ...
+
+    step.__module__ = stubs[0].__name__
+    stubs[0].step = step
+    return "megatron.stub_first:step has no parameter iteration any more (needed to test the hooks)"
+
+
+def bound_elsewhere(stubs: tuple[ModuleType, ModuleType]) -> str:
+    stubs[1].step = stubs[0].step
+    return "megatron.stub_first:step is also bound in megatron.stub_second, where our hook would not reach"
+
+
+def bound_elsewhere_under_another_name(stubs: tuple[ModuleType, ModuleType]) -> str:
+    stubs[1].megatron_step = stubs[0].step  # type: ignore[attr-defined]
+    return "megatron.stub_first:step is also bound in megatron.stub_second, where our hook would not reach"
+
+
+def already_installed(stubs: tuple[ModuleType, ModuleType]) -> str:
+    install((hook("second:log"),))
+    return "megatron.stub_second:log is hooked already: install megatron_patch once per process"
+
+
+REFUSALS = [
+    missing_symbol,
+    missing_module,
+    missing_parameter,
+    bound_elsewhere,
+    bound_elsewhere_under_another_name,
+    already_installed,
+]
+
+
+@pytest.mark.parametrize("prepare", REFUSALS)
+def test_refusal_says_what_is_wrong_and_touches_nothing(
+    stubs: tuple[ModuleType, ModuleType], prepare: Callable[[Any], str]
+) -> None:
+    message = prepare(stubs)
+    before = everything(stubs)
+    with pytest.raises(UpstreamChanged) as caught:
+        install(ALL)
+    assert str(caught.value) == message
+    assert everything(stubs) == before
+    for value in everything(stubs).values():
+        assert getattr(value, "_megatron_patch", None) in (None, "megatron.stub_second:log")
+
+
+def test_no_wrapper_is_made_before_all_are_checked(stubs: tuple[ModuleType, ModuleType]) -> None:
+    """A wrapper may have effects of its own, such as importing."""
+    made = []
+
+    def note(original: Any) -> Any:
+        made.append(original)
+        return loud(original)
+
+    with pytest.raises(UpstreamChanged):
+        install((Hook("megatron.stub_first:build", (), note, "look"), hook("second:absent")))
+    assert made == []
+
+
+def test_the_same_target_twice_in_one_list(stubs: tuple[ModuleType, ModuleType]) -> None:
+    """The second would silently replace the first."""
+    before = everything(stubs)
+    with pytest.raises(UpstreamChanged, match="hooked twice by megatron_patch itself"):
+        install((hook("second:log"), hook("second:log")))
+    assert everything(stubs) == before
+
+
+def test_bound_in_the_script_itself(stubs: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that imported the function by name before the hook came would go on calling the original."""
+    monkeypatch.setattr(sys.modules["__main__"], "step", stubs[0].step, raising=False)
+    with pytest.raises(UpstreamChanged, match="is also bound in __main__, where our hook would not reach"):
+        install(ALL)
+
+
+def test_bindings_that_are_allowed(stubs: tuple[ModuleType, ModuleType]) -> None:
+    first, second = stubs
+    second.step = first.step
+    with install((hook("first:step", "iteration", also_bound_in=("megatron.stub_second",)),)):
+        assert first.step(1) == ("wrapped", ("stepped", 1))
+        assert second.step(1) == ("stepped", 1)
+    # The module that defines a function keeps it, where the trainer imports it by name.
+    with install((hook("second:step", "iteration"),)):
+        assert second.step(1) == ("wrapped", ("stepped", 1))
+        assert first.step(1) == ("stepped", 1)
+
+
+def test_a_replacement_on_top_of_ours_is_not_undone(stubs: tuple[ModuleType, ModuleType]) -> None:
+    """Neither theirs nor ours: undoing half would leave a chain with a hole."""
+    installation = install(ALL)
+    ours = everything(stubs)
+    first, _ = stubs
+    first.step = loud(first.step)
+    on_top = first.step
+    with pytest.raises(UpstreamChanged, match=r"^megatron\.stub_first:step was replaced again after megatron_patch"):
+        installation.remove()
+    assert everything(stubs) == {**ours, "megatron.stub_first:step": on_top}
+    first.step = ours["megatron.stub_first:step"]  # as the message asks
+    installation.remove()
+    assert first.step(1) == ("stepped", 1)
+
+
+def test_undone_in_reverse(stubs: tuple[ModuleType, ModuleType]) -> None:
+    """Later installations go first: the earlier one refuses while it is covered."""
+    outer = install((hook("first:step"),))
+    covered = stubs[0].step
+    del covered._megatron_patch  # as if another package, which knows nothing of ours, came between
+    inner = install((hook("first:step"),))
+    with pytest.raises(UpstreamChanged):
+        outer.remove()
+    inner.remove()
+    assert stubs[0].step is covered
+    outer.remove()
+    assert stubs[0].step(1) == ("stepped", 1)
+
+
+def test_argument_finds_a_value_however_it_is_given() -> None:
+    def function(a: int, b: int = 2, *, c: int = 3) -> None: ...
+
+    assert argument(function, "a", (1,), {}) == 1
+    assert argument(function, "a", (), {"a": 1}) == 1
+    assert argument(function, "b", (1, 5), {}) == 5
+    assert argument(function, "b", (1,), {}) == 2
+    assert argument(function, "c", (1,), {"c": 7}) == 7
+    assert argument(function, "c", (1,), {}) == 3
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def fake_core(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    core = ModuleType("megatron.core")
+    if version is not None:
+        core.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron", ModuleType("megatron"))
+    monkeypatch.setitem(sys.modules, "megatron.core", core)
+
+
+@pytest.mark.parametrize("version", ["0.19", "0.19.0", "0.19.2", "0.19.2+local", "0.19.rc1"])
+def test_tested_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    fake_core(monkeypatch, version)
+    assert check_version() == version
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "0.1", "0.190.0", "1.0.19", "", None])
+def test_untested_versions(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    fake_core(monkeypatch, version)
+    with pytest.raises(
+        UpstreamChanged, match=r"^megatron-core .*is tested with 0\.19 only; .*--allow-untested-megatron"
+    ):
+        check_version()
+    assert check_version(allow_untested=True) == ("without a version" if version is None else version)
+
+
+def test_no_megatron_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n == "megatron" or n.startswith("megatron.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "megatron", None)  # how the import system is told that there is none
+    with pytest.raises(UpstreamChanged, match="megatron-core is not installed in this Python: pip install"):
+        check_version(allow_untested=True)
+
+
+# --- on the real Megatron --------------------------------------------------------------------------------------------
+
+EVERYTHING = Settings(
+    WidthConfig("sqrt", 32), WarmupConfig("decay-away"), MetricsConfig(1, spectral_interval=1, directory="x")
+)
+
+
+def contract() -> dict[str, list[str]]:
+    """In a worker: each target of ours with the parameters it has, after all hooks were installed and removed."""
+    import importlib
+
+    from megatron_patch.upstream.patch import entry_hooks, feature_hooks
+
+    check_version()
+    hooks = [*entry_hooks([]), *feature_hooks(EVERYTHING)]
+    found = {}
+    for h in hooks:
+        module, _, name = h.target.partition(":")
+        found[h.target] = (importlib.import_module(module), name, getattr(importlib.import_module(module), name))
+    with install(hooks) as installation:
+        assert isinstance(installation, Installation)
+        for module, name, original in found.values():
+            assert getattr(module, name) is not original
+    for module, name, original in found.values():
+        assert getattr(module, name) is original
+        assert not hasattr(original, "_megatron_patch")
+    assert all(h.why for h in hooks)
+    for h in hooks:
+        assert set(h.parameters) <= set(inspect.signature(found[h.target][2]).parameters)
+    return {target: list(inspect.signature(original).parameters) for target, (_, _, original) in found.items()}
+
+
+# What the wrappers in upstream/patch.py read by name, on top of what they pass on untouched. Written down here by hand,
+# so that a hook whose list of parameters falls behind its wrapper is found.
+READ = {
+    "megatron.training.arguments:add_megatron_arguments": {"parser"},
+    "megatron.training.arguments:validate_args": {"args"},
+    "megatron.core.datasets.utils:compile_helpers": set(),
+    "megatron.training.training:get_megatron_optimizer": {"config", "model_chunks", "config_overrides"},
+    "megatron.training.training:OptimizerParamScheduler": {
+        "optimizer",
+        "init_lr",
+        "max_lr",
+        "min_lr",
+        "lr_warmup_steps",
+        "lr_decay_steps",
+        "lr_decay_style",
+        "start_wd",
+        "end_wd",
+    },
+    "megatron.training.checkpointing:_load_base_checkpoint": set(),
+    "megatron.training.training:setup_model_and_optimizer": set(),
+    "megatron.training.training:training_log": {"loss_dict", "iteration"},
+    "megatron.training.training:evaluate": set(),
+    "megatron.training.training:evaluate_and_print_results": {"prefix", "iteration"},
+    "megatron.training.training:train": set(),
+}
+
+
+def test_contract_with_real_megatron(pool: Pool) -> None:
+    (parameters,) = pool.run(contract, distributed=False)
+    assert parameters.keys() == READ.keys()
+    for target, names in READ.items():
+        assert names <= set(parameters[target]), target
+
+
+# The start of the SHA-256 of every hooked function's source in megatron-core 0.19.2. A changed body stops no run, since
+# a signature is all that a wrapper relies on; but somebody should read it again, and then note the new one here.
+SOURCES = {
+    "megatron.training.arguments:add_megatron_arguments": "580b80fbe586",
+    "megatron.training.arguments:validate_args": "47bfcd3af0d8",
+    "megatron.core.datasets.utils:compile_helpers": "84029a50ae8c",
+    "megatron.training.training:get_megatron_optimizer": "b473223298c4",
+    "megatron.training.training:OptimizerParamScheduler": "2936733983b5",
+    "megatron.training.checkpointing:check_checkpoint_args": "4c636308e56b",
+    "megatron.training.training:setup_model_and_optimizer": "3d67da87effa",
+    "megatron.training.training:training_log": "5e34a182d566",
+    "megatron.training.training:evaluate": "a8be7269bc27",
+    "megatron.training.training:evaluate_and_print_results": "699dfbe69cf2",
+    "megatron.training.training:train": "3c2299658ae7",
+}
+
+
+def fingerprints() -> dict[str, str]:
+    """In a worker: the same of the installed Megatron."""
+    import importlib
+
+    from megatron_patch.upstream.patch import entry_hooks, feature_hooks
+
+    found = {}
+    for h in [*entry_hooks([]), *feature_hooks(EVERYTHING)]:
+        module, _, name = h.target.partition(":")
+        source = inspect.getsource(getattr(importlib.import_module(module), name))
+        found[h.target] = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return found
+
+
+def test_hooked_functions_are_those_we_have_read(pool: Pool) -> None:
+    assert pool.run(fingerprints, distributed=False) == [SOURCES]
+
+
+def second_installation() -> str:
+    """In a worker: what a second `run` in one process is told."""
+    from megatron_patch.upstream.patch import entry_hooks
+
+    install(entry_hooks([]))
+    try:
+        install(entry_hooks([]))
+    except UpstreamChanged as error:
+        return str(error)
+    return ""
+
+
+def test_installing_twice_on_real_megatron(pool: Pool) -> None:
+    assert pool.run(second_installation, distributed=False) == [
+        "megatron.training.arguments:add_megatron_arguments is hooked already: install megatron_patch once per process"
+    ]

@@ -1,0 +1,566 @@
+"""What upstream does to an honest caller (megatron-core 0.19.2), one story per test."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pool import Pool, RankFailure
+from tests.training import TINY, Hooks, Run, train
+from tests.upstream.building import LLAMA_STYLE, Builder, live
+from tests.upstream.test_param_groups import MODELS, argv, assert_same, build_all, expected
+
+# --- Megatron's own muP ------------------------------------------------------------------------------------------------
+
+MUP = f"{LLAMA_STYLE} --ffn-hidden-size 96 --use-mup --mup-base-hidden-size 16"
+# rule: weight-decay factor of a matrix (m = 4), of the embedding, of the LM head.
+MUP_DECAY = {
+    "standard": (1, 1, 1),
+    "independent": (4, 1, 1),
+    "sqrt-decay": (2, 0, 1),
+    "no-decay": (0, 0, 0),
+    "custom --lr-width-exponent 1 --wd-width-exponent 0.25": (2**0.5, 1, 1),
+}
+
+
+@pytest.mark.parametrize("rule", MUP_DECAY)
+def test_megatrons_mup_scales_lr_and_eps_and_we_add_the_weight_decay(rule: str, pool: Pool, tmp_path: Path):
+    """--use-mup divides LR, min LR and eps of every hidden matrix by m = 4, not those of the LM head, and no decay."""
+    words = f"{MUP} --width-scaling {rule} --base-hidden-size 16".split()
+    ((values, file),) = pool.run(build_all, runs=[words], directory=str(tmp_path))[0]
+    matrix, embedding, output = MUP_DECAY[rule]
+    base = {"max_lr": 0.01, "min_lr": 0.001, "lr": 0.01, "eps": 1e-8}
+    wanted: dict[str, dict[str, float]] = {}
+    for name in values:
+        if "norm" in name:
+            wanted[name] = {**base, "weight_decay": 0}
+        elif "embedding" in name:
+            wanted[name] = {**base, "weight_decay": 0.1 * embedding}
+        elif "output" in name:
+            wanted[name] = {**base, "weight_decay": 0.1 * output}
+        else:
+            scaled = {key: value / 4 for key, value in base.items()}
+            wanted[name] = {**scaled, "weight_decay": 0.1 * matrix}
+    assert len(values) == 9
+    assert_same(values, wanted, rule)
+    assert {p["name"]: p["weight_decay"] for p in file["parameters"]} == pytest.approx(
+        {name: value["weight_decay"] for name, value in wanted.items()}, rel=1e-12
+    )
+
+
+def test_measuring_megatrons_mup_changes_nothing_and_is_allowed(pool: Pool, tmp_path: Path):
+    """Without a rule of ours there is nothing to audit: hyperparameters.json shows what Megatron set."""
+    ((values, _), (measured, file)) = pool.run(build_both, words=MUP.split(), directory=str(tmp_path))[0]
+    assert values == measured
+    written = {p["name"]: (p["lr"], p["eps"]) for p in file["parameters"]}
+    assert written["decoder.layers.0.mlp.linear_fc2.weight"] == pytest.approx((0.0025, 2.5e-9), rel=1e-12)
+    assert written["output_layer.weight"] == pytest.approx((0.01, 1e-8), rel=1e-12)
+
+
+def build_both(words: list[str], directory: str) -> list[Any]:
+    """The live values without any flag of ours, and with --metrics-dir."""
+    builder = Builder()
+    plain = live(builder.build(words))
+    measured = live(builder.build([*words, "--metrics-dir", directory]))
+    return [(plain, {}), (measured, json.loads(Path(directory, "hyperparameters.json").read_text()))]
+
+
+def test_mup_knows_one_multiplier_only(pool: Pool):
+    """Megatron gives linear_fc2 the ratio of the hidden sizes; our weight decay by its own would break the product."""
+    words = f"{MUP} --width-scaling independent --base-hidden-size 16 --base-ffn-hidden-size 32".split()
+    with pytest.raises(
+        RankFailure, match=r"--use-mup with m = 3 for .*linear_fc2.* and m = 4 for .*--base-hidden-size"
+    ):
+        pool.run(build_all, runs=[words])
+
+
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer --bf16"])
+def test_decoupled_lr_without_a_rule_is_megatrons_business(optimizer: str, pool: Pool, tmp_path: Path):
+    """--metrics-dir beside --decoupled-lr only reports it (with a rule it is refused: two rules for one LR)."""
+    words = f"{LLAMA_STYLE} --ffn-hidden-size 96 --decoupled-lr 0.003 {optimizer}".split()
+    ((values, _), (measured, file)) = pool.run(build_both, words=words, directory=str(tmp_path))[0]
+    assert values == measured
+    lrs = {p["name"]: p["lr"] for p in file["parameters"]}
+    assert lrs.pop("embedding.word_embeddings.weight") == lrs.pop("output_layer.weight") == 0.003
+    assert set(lrs.values()) == {0.01}
+
+
+# --- param groups ------------------------------------------------------------------------------------------------------
+
+
+def override_facts() -> dict[str, Any]:
+    """What Megatron compares on resume, and how our overrides meet its standard one."""
+    from megatron.core.optimizer import get_standard_config_overrides, optimizer
+    from megatron.training.training import get_megatron_optimizer_config
+
+    from megatron_patch.upstream.audit import IDENTIFIER_KEYS
+    from megatron_patch.upstream.optimizer import config_overrides
+    from tests.training import global_names
+
+    built = Builder().build([*argv("tied", NO_DECAY), "--scale-adam-eps"])
+    config, _ = get_megatron_optimizer_config(built.args)
+    ours = config_overrides(built.plan)
+    parameters = global_names(built.model)
+    decayed_twice = [
+        name
+        for name, parameter in parameters.items()
+        for key, override in ours.items()
+        if "wd_mult" in override
+        and key.matches(parameter, name)
+        and any(k.matches(parameter, name) for k in get_standard_config_overrides(config))
+    ]
+    return {
+        "theirs": set(optimizer.param_group_identifier_keys),
+        "ours": set(IDENTIFIER_KEYS),
+        "decayed_twice": decayed_twice,
+        "matches": sorted(sum(key.matches(p, n) for key in ours) for n, p in parameters.items()),
+        "names": [key.with_name_predicate.name for key in ours],
+        "types": {type(value) for override in ours.values() for value in override.values()},
+    }
+
+
+NO_DECAY = __import__("tests.upstream.test_param_groups", fromlist=["CASES"]).CASES["no-decay"]
+
+
+def test_overrides_meet_megatrons_own_without_a_conflict(pool: Pool):
+    """Two overrides that give one key different values are an error, None beside a float a TypeError, and two
+    predicates with one name are one: so ours leave vectors alone, hold floats, and are named by what they say.
+    """
+    (facts,) = pool.run(override_facts)
+    assert facts["decayed_twice"] == []
+    assert facts["types"] == {float}
+    assert set(facts["matches"]) == {0, 1}, "a parameter matches two of our overrides"
+    assert len(set(facts["names"])) == len(facts["names"]) == 2  # matrices; embeddings
+
+
+def test_megatron_still_does_not_compare_eps_on_resume(pool: Pool):
+    """Why lr_mult is always set, and equal keys are an error. When this fails upstream has closed the gap: allow them."""
+    (facts,) = pool.run(override_facts)
+    assert facts["theirs"] - {"optimizer"} == facts["ours"]
+    assert "eps" not in facts["theirs"]
+
+
+def build_with_override(words: Sequence[str], glob: str, override: dict[str, Any]) -> None:
+    """Set up in a script that has an override of its own."""
+    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.training import training
+
+    original = training.get_megatron_optimizer_config
+
+    def with_another(args: Any) -> Any:
+        config, overrides = original(args)
+        return config, {**overrides, ParamKey(name=glob): override}
+
+    training.get_megatron_optimizer_config = with_another
+    Builder().build(words)
+
+
+def test_groups_that_megatron_would_mix_up_on_resume_are_refused(pool: Pool):
+    """A script gives one layer an eps of its own: a group that differs in eps only would get the other's on resume."""
+    words = argv("llama", NO_DECAY)
+    with pytest.raises(RankFailure, match="two param groups share lr_mult=0.25, wd_mult=0"):
+        pool.run(build_with_override, words=words, glob="*linear_fc1*", override={"eps": 1e-6})
+
+
+def test_a_scripts_own_learning_rate_is_an_error_not_a_surprise(pool: Pool):
+    """Two LRs for one parameter: Megatron refuses. An LR that only an unscaled parameter gets, the audit."""
+    words = argv("llama", NO_DECAY)
+    with pytest.raises(RankFailure, match="Conflicting overrides for max_lr"):
+        pool.run(build_with_override, words=words, glob="*linear_fc1*", override={"max_lr": 0.5})
+    with pytest.raises(RankFailure, match=r"word_embeddings\.weight: the optimizer has max_lr = 0\.5, but"):
+        pool.run(build_with_override, words=words, glob="*word_embeddings*", override={"max_lr": 0.5})
+
+
+def test_without_a_rule_a_scripts_own_groups_are_left_alone(pool: Pool, tmp_path: Path):
+    """To measure is not to set: groups of the script's own, even ones that resume badly, are its business."""
+    words = [*MODELS["llama"].flags.split(), "--metrics-dir", str(tmp_path)]
+    pool.run(build_with_override, words=words, glob="*linear_fc1*", override={"eps": 1e-6})
+
+
+def build_without_min_lr(words: Sequence[str]) -> list[float]:
+    """The min_lr of every group where the caller is no script and leaves OptimizerConfig.min_lr at its default, None."""
+    from megatron.training import training
+
+    built = Builder().build(words)
+    config, _ = training.get_megatron_optimizer_config(built.args)
+    config.min_lr = None
+    optimizer = training.get_megatron_optimizer(config, built.model)
+    return [group["min_lr"] for group in optimizer.param_groups]
+
+
+def test_no_min_lr_is_none_at_all(pool: Pool):
+    """OptimizerConfig.min_lr is None for who does not come from the command line: None times a factor is a TypeError."""
+    (found,) = pool.run(build_without_min_lr, words=argv("llama", NO_DECAY))
+    assert {value or 0.0 for value in found} == {0.0}
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
+def frozen(words: Sequence[str], part: str) -> None:
+    """Set up with everything frozen but the parameters whose name contains `part`."""
+    from megatron_patch.upstream import patch
+    from tests.training import global_names
+
+    original = patch.describe
+
+    def after_freezing(model: Any, *rest: Any) -> Any:
+        for name, parameter in global_names(model).items():
+            parameter.requires_grad_(part in name)
+        return original(model, *rest)
+
+    patch.describe = after_freezing
+    Builder().build(words)
+
+
+def test_a_rule_that_scales_nothing_is_an_error(pool: Pool):
+    """Megatron accepts an override that matches no parameter in silence, and the run looks as if it were scaled."""
+    words = argv("llama", NO_DECAY)
+    with pytest.raises(RankFailure, match="--width-scaling no-decay scales no parameter: the model has vector only"):
+        pool.run(frozen, words=words, part="norm")
+    pool.run(frozen, words=words, part="linear_fc")  # frozen layers are no problem as such
+
+
+def misnamed(words: Sequence[str], attribute: str, value: int) -> None:
+    """Set up with a model that has another dimension than its config says."""
+    from megatron_patch.upstream import patch
+
+    original = patch.describe
+
+    def after_meddling(model: Any, config: Any, *rest: Any) -> Any:
+        setattr(config, attribute, value)
+        return original(model, config, *rest)
+
+    patch.describe = after_meddling
+    Builder().build(words)
+
+
+@pytest.mark.parametrize(
+    ("model", "attribute", "layer", "fan_in"),
+    [
+        ("llama", "ffn_hidden_size", r"layers\.0\.mlp\.linear_fc2", 96),
+        ("llama", "kv_channels", r"layers\.0\.self_attention\.linear_proj", 96),
+        ("llama", "hidden_size", r"layers\.0\.self_attention\.linear_qkv", 64),
+        ("moe", "moe_ffn_hidden_size", r"experts\.local_experts\.0\.linear_fc2", 48),
+        ("mla", "q_lora_rank", r"linear_q_up_proj", 24),
+    ],
+)
+def test_a_layer_that_is_not_what_its_name_says_is_an_error(
+    model: str, attribute: str, layer: str, fan_in: int, pool: Pool
+):
+    """A base fan-in that belongs to another dimension would give a plausible and wrong m."""
+    words = argv(model, NO_DECAY)
+    with pytest.raises(RankFailure, match=rf"{layer}\.weight has the global fan-in {fan_in}, but .* of this model is"):
+        pool.run(misnamed, words=words, attribute=attribute, value=100)
+
+
+@pytest.mark.parametrize(
+    "base", ["--base-q-lora-rank 8", "--base-moe-ffn-hidden-size 8", "--base-linear-attention-inner-size 8"]
+)
+def test_a_base_size_of_a_dimension_that_the_model_lacks(base: str, pool: Pool):
+    """A --base flag that nothing reads is a mistake of the user's, who believes that it is honoured."""
+    flag = base.split()[0]
+    with pytest.raises(RankFailure, match=f"{flag} 8: expected a model with a "):
+        pool.run(build_all, runs=[[*argv("llama", NO_DECAY), *base.split()]])
+
+
+def unknown_layer(words: Sequence[str]) -> list[tuple[str, float, str]]:
+    """(Name, m) of a layer of another name, and what was printed about it."""
+    import torch
+
+    from megatron_patch.upstream import patch
+    from tests.training import global_names
+
+    original, said = patch.describe, []
+
+    def after_adding(model: Any, *rest: Any) -> Any:
+        mlp = model[0].module.decoder.layers[0].mlp
+        weight = global_names(model)["decoder.layers.0.mlp.linear_fc1.weight"]
+        del mlp.linear_fc1.weight
+        mlp.novelty = torch.nn.Module()
+        mlp.novelty.weight = weight
+        return original(model, *rest)
+
+    import megatron.training
+
+    patch.describe = after_adding
+    megatron.training.print_rank_0 = said.append
+    built = Builder().build(words)
+    novelty = next(p.spec for p in built.plan.parameters if "novelty" in p.spec.name)
+    return [(novelty.name, novelty.m, next(line for line in said if "novelty" in line))]
+
+
+def test_an_unknown_layer_is_assumed_to_read_the_residual_stream_and_the_run_says_so(pool: Pool):
+    """Neither silently unscaled nor silently scaled."""
+    (((name, m, said),),) = pool.run(unknown_layer, words=argv("llama", NO_DECAY))
+    assert (name, m) == ("decoder.layers.0.mlp.novelty.weight", 4)
+    assert said.startswith("WARNING")
+    assert "novelty.weight is no layer megatron_patch knows; m = 4" in said
+
+
+# --- schedule ----------------------------------------------------------------------------------------------------------
+
+
+def lrs_over_time(words: Sequence[str], at: Sequence[int]) -> list[dict[str, float]]:
+    """The live LRs before the first step and at the given numbers of steps of two samples each."""
+    built = Builder().build(words)
+    found, made = [], 0
+    for steps in at:
+        while made < steps:
+            built.scheduler.step(2)
+            made += 1
+        found.append({name: values["lr"] for name, values in live(built).items()})
+    return found
+
+
+def test_initial_and_minimum_lr_are_scaled_like_the_peak(pool: Pool):
+    """Megatron's --lr-warmup-init is one number for all groups and its min_lr too: unscaled, the ratio of the LRs drifts
+    from 1 at the start through m^-a at the peak back to 1 in the end.
+    """
+    case = __import__("tests.upstream.test_param_groups", fromlist=["CASES"]).CASES["independent"]
+    words = argv("llama", case, "--lr-warmup-iters 10 --lr-warmup-init 0.002")
+    (found,) = pool.run(lrs_over_time, words=words, at=[0, 5, 10, 55, 100])
+    peaks = {name: values["max_lr"] for name, values in expected("llama", case).items()}
+    # 0.002 -> 0.01 in 10 steps, 0.01 -> 0.001 from step 10 to 100: half of it at step 55.
+    for step, lrs in zip((0.002, 0.006, 0.01, 0.0055, 0.001), found, strict=True):
+        assert lrs == pytest.approx({name: peak / 0.01 * step for name, peak in peaks.items()}, rel=1e-12)
+
+
+def width_dependent_factors(words: Sequence[str]) -> dict[str, float]:
+    """The live LR over the peak of every parameter, with no Megatron schedule in between."""
+    return {name: values["lr"] / values["max_lr"] for name, values in live(Builder().build(words)).items()}
+
+
+@pytest.mark.parametrize(
+    ("rule", "factors"),
+    [
+        ("sqrt", {"linear": 0.25, "output": 0.25}),
+        # The LM head keeps its LR and decay, so it does not depend on width.
+        ("sqrt --no-scale-output-layer", {"linear": 0.25, "output": 1}),
+        # A dimension that did not grow: nothing of it is scaled, and its group must not collide with the embedding's.
+        ("sqrt --base-ffn-hidden-size 96", {"linear": 0.25, "output": 0.25, "linear_fc2": 1}),
+        # Only the weight decay depends on width: reason enough.
+        ("custom --lr-width-exponent 0 --wd-width-exponent 1", {"linear": 0.25, "output": 0.25}),
+    ],
+)
+def test_scope_of_the_extra_warmup_is_what_the_rule_scales(rule: str, factors: dict[str, float], pool: Pool):
+    """--extra-warmup-scope width-dependent starts at 1/m = 1/4 where LR or decay depends on width, elsewhere at 1."""
+    words = (
+        f"{LLAMA_STYLE} --ffn-hidden-size 96 --width-scaling {rule} --base-hidden-size 16 "
+        "--extra-warmup exp --extra-warmup-iters 10 --extra-warmup-scope width-dependent"
+    ).split()
+    (found,) = pool.run(width_dependent_factors, words=words)
+    for name, value in found.items():
+        wanted = [factor for part, factor in factors.items() if part in name]
+        assert value == pytest.approx(wanted[-1] if wanted else 1, rel=1e-12), name
+
+
+def test_the_proxy_itself_may_have_the_scope(pool: Pool):
+    """At m = 1 nothing depends on width; a sweep runs proxy and target with the same flags."""
+    words = (
+        f"{LLAMA_STYLE} --ffn-hidden-size 96 --width-scaling no-decay --base-hidden-size 64 "
+        "--extra-warmup exp --extra-warmup-iters 10 --extra-warmup-scope width-dependent"
+    ).split()
+    (found,) = pool.run(width_dependent_factors, words=words)
+    assert found == pytest.approx(dict.fromkeys(found, 1), rel=1e-12)
+
+
+# --- resume ------------------------------------------------------------------------------------------------------------
+
+RESUMED = (
+    "--hidden-size 32 --ffn-hidden-size 96 --lr-decay-style linear --lr 0.01 --min-lr 0.001 --lr-decay-iters 8 "
+    "--lr-warmup-iters 2 --weight-decay 0.1 --adam-eps 1e-8"
+)
+RULE = "--width-scaling standard --base-hidden-size 8 --base-ffn-hidden-size 48 --scale-adam-eps"
+# Matrices of one weight decay that differ in LR and eps alone: m = 4, and m = 2 for linear_fc2.
+RESUMED_VALUES = {"linear_fc2.weight": (0.005, 0.0005, 5e-9), "weight": (0.0025, 0.00025, 2.5e-9)}
+
+
+class Watched(Hooks):
+    """Installs the package and keeps what the optimizer was going to use when the run (re)started."""
+
+    def before_arguments(self) -> None:
+        from megatron_patch.upstream.hooks import install
+        from megatron_patch.upstream.patch import entry_hooks
+
+        installed: list[Any] = []
+        installed.append(install(tuple(h for h in entry_hooks(installed) if "compile" not in h.target)))
+
+    def built(self, run: Run) -> None:
+        self.values = live(run)
+
+    def result(self, run: Run) -> Any:
+        steps = [int(state["step"]) for state in first_optimizer(run).state.values()]
+        return self.values, set(steps)
+
+
+def first_optimizer(run: Run) -> Any:
+    return run.optimizer.chained_optimizers[0].optimizer
+
+
+def resumable(folder: Path | str, *more: str) -> list[str]:
+    saving = f"--save {folder} --load {folder} --save-interval 100 --train-iters 4 --use-cpu-initialization"
+    return [*TINY, *RESUMED.split(), *saving.split(), *(word for flags in more for word in flags.split())]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "optimizer"), [(1, ""), (2, "--use-distributed-optimizer --bf16")], ids=["fp32", "distributed-bf16"]
+)
+def test_resume_keeps_groups_apart_that_differ_in_lr_and_eps_only(
+    ranks: int, optimizer: str, pool: Pool, tmp_path: Path
+):
+    """Before 0.19 Megatron gave both groups the LR of the last one, and it still ignores eps; the losses are the proof
+    that nothing else was mixed up either.
+    """
+    whole = pool.run(train, ranks=ranks, argv=resumable(tmp_path / "a", RULE, optimizer), steps=4, hooks=Watched())
+    folder = tmp_path / "b"
+    pool.run(train, ranks=ranks, argv=resumable(folder, RULE, optimizer), steps=2, hooks=Watched())
+    rest = pool.run(train, ranks=ranks, argv=resumable(folder, RULE, optimizer), steps=4, hooks=Watched())
+    assert len(whole[0].losses) == 4
+    assert rest[0].losses == whole[0].losses[2:]
+    assert {n: c.digest for n, c in rest[0].checksums.items()} == {n: c.digest for n, c in whole[0].checksums.items()}
+    seen = set()
+    for outcome in rest:
+        values, steps = outcome.extra
+        assert steps == {4}
+        for name, value in values.items():
+            seen.add(name)
+            lr, min_lr, eps = 0.01, 0.001, 1e-8
+            if "linear" in name and name.endswith("weight"):
+                lr, min_lr, eps = RESUMED_VALUES["linear_fc2.weight" if "linear_fc2" in name else "weight"]
+            assert (value["max_lr"], value["min_lr"], value["eps"]) == pytest.approx((lr, min_lr, eps), rel=1e-12), name
+            # After two steps of two samples the warmup is over: the coming step has the peak LR.
+            assert value["lr"] == pytest.approx(lr, rel=1e-12), name
+    assert {"decoder.layers.1.mlp.linear_fc2.weight", "embedding.word_embeddings.weight"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("--lr 0.02", r"--lr: 0\.01 -> 0\.02"),
+        ("--min-lr 0.0005", r"--min-lr: 0\.001 -> 0\.0005"),
+        ("--weight-decay 0.2", r"--end-weight-decay: 0\.1 -> 0\.2"),
+        ("--width-scaling independent", "--width-scaling: standard -> independent"),
+        ("--base-hidden-size 16", "--base-hidden-size: 8 -> 16"),
+        ("--base-ffn-hidden-size 24", "--base-ffn-hidden-size: 48 -> 24"),
+        ("--vector-lr 0.005", r"--vector-lr: None -> 0\.005"),
+        ("--adam-eps 1e-6", "--adam-eps: 1e-08 -> 1e-06"),
+    ],
+)
+def test_resume_with_other_numbers(changed: str, message: str, pool: Pool, checkpoint: Path):
+    """Megatron keeps a group's saved LR in silence, or does not find the group; we name the flag and both values, and
+    with --override-width-scaling the new number holds.
+    """
+    words = resumable(checkpoint, RULE, changed, "--no-save-optim --save-interval 1000")
+    with pytest.raises(RankFailure, match=rf"checkpoint -> this run: .*{message}"):
+        pool.run(train, argv=words, steps=3, hooks=Watched())
+    (accepted,) = pool.run(train, argv=[*words, "--override-width-scaling"], steps=3, hooks=Watched())
+    values, steps = accepted.extra
+    assert len(accepted.losses) == 1, "the run did not go on at iteration 2"
+    assert steps == {3}, "Adam started anew"
+    flag, new = changed.split()
+    fc2, embedding = values["decoder.layers.0.mlp.linear_fc2.weight"], values["embedding.word_embeddings.weight"]
+    if flag == "--lr":
+        assert (fc2["lr"], embedding["max_lr"]) == pytest.approx((0.01, 0.02))
+    if flag == "--min-lr":
+        assert fc2["min_lr"] == pytest.approx(0.00025)
+    if flag == "--weight-decay":
+        assert fc2["weight_decay"] == pytest.approx(0.2)
+    if flag == "--width-scaling":
+        assert fc2["weight_decay"] == pytest.approx(0.2)
+    if flag == "--base-hidden-size":
+        assert values["decoder.layers.0.mlp.linear_fc1.weight"]["max_lr"] == pytest.approx(0.005)
+    if flag == "--base-ffn-hidden-size":
+        assert fc2["max_lr"] == pytest.approx(0.0025)
+    if flag == "--vector-lr":
+        assert embedding["lr"] == pytest.approx(float(new))
+    if flag == "--adam-eps":
+        assert fc2["eps"] == pytest.approx(5e-7)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of iteration 2 under the rule."""
+    folder = tmp_path_factory.mktemp("rule")
+    pool.run(train, argv=resumable(folder, RULE), steps=2, hooks=Watched())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of iteration 2 by a Megatron that never heard of us."""
+    folder = tmp_path_factory.mktemp("plain")
+    pool.run(train, argv=resumable(folder), steps=2)
+    return folder
+
+
+def test_override_without_a_difference_is_an_ordinary_resume(pool: Pool, checkpoint: Path):
+    """Taking this run's groups must not lose anything of Adam's state."""
+    words = resumable(checkpoint, RULE, "--save-interval 1000")
+    (plain,) = pool.run(train, argv=words, steps=3, hooks=Watched())
+    (override,) = pool.run(train, argv=[*words, "--override-width-scaling"], steps=3, hooks=Watched())
+    assert override.losses == plain.losses
+    assert override.checksums == plain.checksums
+
+
+def test_checkpoint_saved_without_the_package(pool: Pool, plain_checkpoint: Path, tmp_path: Path):
+    """A rule changes LRs: refused, or taken on with the override, or with --no-load-optim. Measuring changes nothing."""
+    words = resumable(plain_checkpoint, "--save-interval 1000")
+    rule = RULE.split()
+    with pytest.raises(RankFailure, match=r"--width-scaling: none -> standard; --base-hidden-size: None -> 8"):
+        pool.run(train, argv=[*words, *rule], steps=3, hooks=Watched())
+    for accepted in ("--override-width-scaling", "--no-load-optim"):
+        (outcome,) = pool.run(train, argv=[*words, *rule, accepted], steps=3, hooks=Watched())
+        assert outcome.extra[0]["decoder.layers.0.mlp.linear_fc2.weight"]["max_lr"] == pytest.approx(0.005)
+    (unpatched,) = pool.run(train, argv=words, steps=3)
+    (measured,) = pool.run(train, argv=[*words, "--metrics-dir", str(tmp_path)], steps=3, hooks=Watched())
+    assert measured.losses == unpatched.losses
+    assert measured.checksums == unpatched.checksums
+
+
+# --- refusals, with the flags as Megatron's own parser spells them ---------------------------------------------------
+
+
+def refusals(runs: list[str]) -> list[tuple[str, str]]:
+    """(Kind of error, the flag it names) for each command line."""
+    import os
+
+    from megatron_patch.errors import ConfigError
+
+    os.environ.update(WORLD_SIZE="2")  # nothing is started: for flags that need two ranks
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # FSDP refuses what tensor parallelism needs
+    builder, found = Builder(), []
+    for run in runs:
+        try:
+            builder.parse("--width-scaling sqrt --base-hidden-size 16".split(), run.split())
+        except ConfigError as error:
+            found.append(("ConfigError", error.flag))
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+        else:
+            found.append(("accepted", ""))
+    return found
+
+
+REFUSED = {
+    "--optimizer sgd": "--optimizer",
+    "--optimizer muon": "--optimizer",
+    "--optimizer adaptive_muon": "--optimizer",
+    "--optimizer soap": "--optimizer",
+    "--optimizer lion": "--optimizer",
+    "--use-megatron-fsdp --ckpt-format fsdp_dtensor": "--use-megatron-fsdp",
+    "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights": "--use-torch-fsdp2",
+    "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer": "--optimizer-cpu-offload",
+    "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
+    "--num-experts 4 --expert-tensor-parallel-num-weight-shards 2": "--expert-tensor-parallel-num-weight-shards",
+    "--decoupled-lr 0.001 --untie-embeddings-and-output-weights": "--decoupled-lr",
+    "--use-mup --mup-base-hidden-size 16": "--use-mup",
+}
+
+
+def test_what_takes_another_way_to_the_parameters_is_refused_by_name(pool: Pool):
+    """After Megatron's own validation, so an attribute that is spelt wrong, or renamed upstream, shows here."""
+    (found,) = pool.run(refusals, runs=list(REFUSED), distributed=False)
+    assert dict(zip(REFUSED, found, strict=True)) == {run: ("ConfigError", flag) for run, flag in REFUSED.items()}
