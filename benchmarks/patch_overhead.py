@@ -64,14 +64,14 @@ def main() -> None:
 
     training.train_step, training.training_log = timed_step, kept_log
     width = options.hidden_size
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(os.devnull, "w") as nowhere:
         command = (
             f"--cpu --num-layers 4 --hidden-size {width} --num-attention-heads 4 --seq-length 256 "
             "--max-position-embeddings 256 --micro-batch-size 8 --global-batch-size 8 --mock-data "
             "--tokenizer-type NullTokenizer --vocab-size 1023 --normalization RMSNorm --swiglu --disable-bias-linear "
             "--untie-embeddings-and-output-weights --position-embedding-type rope "
-            f"--train-iters {options.steps} --lr 0.01 --lr-warmup-iters 2 --lr-decay-style linear --eval-iters 0 --eval-interval 1000 "
-            f"--log-interval 100 --tensorboard-dir {folder} --width-scaling sqrt --base-hidden-size {width // 4} "
+            f"--train-iters {options.steps} --lr 0.01 --lr-warmup-iters 2 --lr-decay-style linear --eval-iters 0 "
+            f"--eval-interval 1000 --log-interval 100 --tensorboard-dir {folder} --width-scaling sqrt --base-hidden-size {width // 4} "
             "--extra-warmup decay-away"
         )
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -79,9 +79,7 @@ def main() -> None:
         with contextlib.redirect_stdout(nowhere):
             run(command.split())
             step_args, step_kwargs = seen["step"]
-            scheduler = next(
-                a for a in (*step_args, *step_kwargs.values()) if isinstance(a, OptimizerParamScheduler)
-            )
+            scheduler = next(a for a in (*step_args, *step_kwargs.values()) if isinstance(a, OptimizerParamScheduler))
             ours, plain = copy.copy(scheduler), copy.copy(scheduler)
             plain.__class__ = OptimizerParamScheduler
             log_args, log_kwargs = seen["log"]

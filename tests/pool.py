@@ -29,6 +29,7 @@ job, see `tests/training.py`.
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import os
 import pickle
@@ -191,6 +192,9 @@ def _serve(connection: Connection) -> None:
     activate()
     for module in PRELOADED:
         importlib.import_module(module)
+    # Megatron's checkpoint writer spawns a process for its queue, which imports torch and Megatron again, for each job.
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writer.get_write_results_queue = functools.partial(writer.get_write_results_queue, "fork")  # type: ignore[attr-defined]
     connection.send("ready")
     while True:
         try:

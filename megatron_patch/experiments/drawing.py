@@ -61,6 +61,8 @@ class Line:
     high: Sequence[float] = ()
     dashes: str = "-"
     marker: str = ""
+    faint: bool = False
+    """Whether it is thin and grey, behind the others."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def draw_lines(
     if log:
         axes.set_yscale("log", nonpositive="mask")
     for place, line in enumerate(lines):
+        if line.faint:
+            axes.plot(line.x, line.y, color=INK, linewidth=0.8, alpha=0.35, zorder=1.5)
+            continue
         color = LIGHT[place % len(LIGHT)]
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)

@@ -1,7 +1,7 @@
-"""What theory says about a run before it starts: predicted relative updates, and warnings that follow from the numbers.
+"""What theory says about a run before it starts: predicted relative updates, and warnings that follow from them.
 
-Predictions are the weight-norm model's (`megatron_patch.theory.equilibrium`), for the largest matrix of the model and its
-counterpart in the base model, each from its own initial weights.
+Predictions are the weight-norm model's (`megatron_patch.theory.equilibrium`), for the largest matrix of the model and
+its counterpart in the base model, each from its own initial weights.
 """
 
 import math
@@ -78,8 +78,8 @@ def outlook(dry: DryRun, steps: Schedule) -> Outlook:
     )
     if strongest >= 1:
         warnings.append(
-            f"LR at its upper edge: lr * weight decay reaches {strongest:.3g}, and 1 wipes out the weights in one step; "
-            "lower --lr or --weight-decay"
+            f"LR at its upper edge: lr * weight decay reaches {strongest:.3g}, and 1 wipes out the weights in one "
+            "step; lower --lr or --weight-decay"
         )
         return Outlook((), (), tuple(warnings))
     run = [step.relative_update for step in trajectory(zip(lrs, decays, strict=True), largest.rms)]
@@ -121,7 +121,7 @@ def _matrix(held: Held, dry: DryRun) -> Matrix:
     return Matrix(spec.role, spec.m, math.prod(spec.shape), lr, weight_decay, rms, base_rms)
 
 
-# --- from the numbers alone --------------------------------------------------------------------------------------------
+# --- from the numbers alone ------------------------------------------------------------------------------------------
 
 
 def product(dry: DryRun, matrices: Sequence[Matrix]) -> Iterator[str]:
@@ -135,9 +135,9 @@ def product(dry: DryRun, matrices: Sequence[Matrix]) -> Iterator[str]:
         yield "--width-scaling no-decay: there is no equilibrium; relative updates go on falling, as 1/sqrt(steps)"
     elif rule != "none" and a != b:
         yield (
-            f"--width-scaling {rule}: lr * weight decay goes as m^{b - a:g}, which is {widest ** (b - a):.3g} of the base "
-            f"model's at m = {widest:g}, and relative updates in equilibrium as m^{(b - a) / 2:g}; independent and sqrt "
-            "keep both constant"
+            f"--width-scaling {rule}: lr * weight decay goes as m^{b - a:g}, {widest ** (b - a):.3g} of the base "
+            f"model's at m = {widest:g}, and relative updates in equilibrium as m^{(b - a) / 2:g}; independent and "
+            "sqrt keep both"
         )
 
 
@@ -154,12 +154,15 @@ def megatrons_mup(dry: DryRun, matrices: Sequence[Matrix]) -> Iterator[str]:
 
 def floor(dry: DryRun) -> Iterator[str]:
     """--min-lr as typed is above the peak LR of a class."""
-    below = {h.values["lr"]: h for h in dry.parameters if h.values["lr"] < (dry.args.min_lr or 0.0)}
+    below: dict[float, Held] = {}
+    for held in dry.parameters:
+        if held.values["lr"] < (dry.args.min_lr or 0.0):
+            below.setdefault(held.values["lr"], held)
     for lr, held in sorted(below.items()):
         scaled = dry.args.min_lr * lr / dry.args.lr
         yield (
-            f"--min-lr {dry.args.min_lr:g} is above the peak LR {lr:.4g} of {held.spec.role} (m = {held.spec.m:g}); it is "
-            f"scaled like the LR, to {scaled:.4g}, and is no floor for all"
+            f"--min-lr {dry.args.min_lr:g} is above the peak LR {lr:.4g} of {held.spec.role} (m = {held.spec.m:g}): "
+            f"it is no floor for all, but scaled like the LR, here to {scaled:.4g}"
         )
 
 
@@ -203,8 +206,8 @@ def unknown_layers(dry: DryRun) -> Iterator[str]:
     names = [held.spec.name for held in dry.parameters if held.assumed]
     if names and dry.table["rule"] != "none":
         yield (
-            f"{len(names)} parameters are of layers this package does not know, {names[0]} for one; their m is assumed to "
-            "be the ratio of the hidden sizes"
+            f"{len(names)} parameters are of layers this package does not know, {names[0]} for one; their m is assumed "
+            "to be the ratio of the hidden sizes"
         )
 
 
@@ -215,16 +218,16 @@ def slow_equilibrium(matrices: Sequence[Matrix], steps: int) -> Iterator[str]:
         for matrix in matrices
         if 0 < matrix.lr * matrix.weight_decay < 1
     ]
-    longest, name = max(times, default=(0.0, ""))
+    longest, name = max(times, key=lambda entry: entry[0], default=(0.0, ""))
     if longest > steps:
         yield (
-            f"T_EQ is longer than the run: {name} needs about {longest:,.0f} steps at the peak LR to come within a factor "
-            f"sqrt(2) of its equilibrium norm, and the run has {steps:,}; until then its relative updates depend on its "
-            "initial weights"
+            f"T_EQ is longer than the run: {name} needs about {longest:,.0f} steps at the peak LR to come within a "
+            f"factor sqrt(2) of its equilibrium norm, and the run has {steps:,}; until then its relative updates "
+            "depend on its initial weights"
         )
 
 
-# --- along the schedule ------------------------------------------------------------------------------------------------
+# --- along the schedule ----------------------------------------------------------------------------------------------
 
 
 def edges(matrix: Matrix, lrs: Sequence[float], updates: Sequence[float]) -> Iterator[str]:
@@ -232,14 +235,14 @@ def edges(matrix: Matrix, lrs: Sequence[float], updates: Sequence[float]) -> Ite
     top = max(updates)
     if top > LARGEST_UPDATE:
         yield (
-            f"LR at its upper edge: the update of {matrix.name} at step {updates.index(top)} is predicted to be {top:.2g} "
-            "of the weights themselves; lower --lr or lengthen the warmup"
+            f"LR at its upper edge: the update of {matrix.name} at step {updates.index(top):,} is predicted to be "
+            f"{top:.2g} of the weights themselves; lower --lr or lengthen the warmup"
         )
     moved = math.hypot(*lrs) / matrix.rms
     if moved < SMALLEST_MOVE:
         yield (
-            f"LR at its lower edge: all updates of {matrix.name} together are predicted to be {moved:.2g} of its initial "
-            "weights; raise --lr or train longer"
+            f"LR at its lower edge: all updates of {matrix.name} together are predicted to be {moved:.2g} of its "
+            "initial weights; raise --lr or train longer"
         )
 
 
@@ -248,8 +251,8 @@ def implicit_warmup(
 ) -> Iterator[str]:
     """Relative updates start lower, beside the base model's, than they end: eq. 38 of arXiv 2510.19093.
 
-    For independent scaling of a model that starts with the base model's RMS the ratio goes from 1/m to 1; where the rule
-    changes eta*lambda it ends at the square root of that change, by which it is divided here.
+    For independent scaling of a model that starts with the base model's RMS the ratio goes from 1/m to 1; where the
+    rule changes eta*lambda it ends at the square root of that change, by which it is divided here.
     """
     lr, decay = matrix.lr / dry.args.lr, matrix.weight_decay / (dry.args.end_weight_decay or 1.0)
     if matrix.m == 1 or not matrix.weight_decay or (lr, decay) == (1.0, 1.0):
@@ -261,11 +264,14 @@ def implicit_warmup(
     if not below:
         return
     total = len(ratios)
-    length = "longer than the run" if below[-1] == total - 1 else f"about {below[-1] + 1:,} of {total:,} steps"
+    length = f"longer than the run's {total:,} steps"
+    if below[-1] < total - 1:
+        length = f"about {below[-1] + 1:,} of the run's {total:,} steps"
     also = f", on top of --extra-warmup {dry.settings.warmup.kind}" if dry.settings.warmup.active else ""
+    rule = "standard" if dry.table["rule"] == "none" else dry.table["rule"]
     yield (
-        f"the implicit warmup of {dry.table['rule']} scaling lasts {length} (equilibrium model, eq. 38): the relative update "
-        f"of {matrix.name} over the base model's starts at {ratios[0]:.3g} of what it settles at, and is within a factor "
+        f"the implicit warmup of {rule} scaling lasts {length} (equilibrium model, eq. 38): the relative update of "
+        f"{matrix.name} over the base model's starts at {ratios[0]:.3g} of what it settles at, and is within a factor "
         f"sqrt(2) of it then{also}"
     )
 

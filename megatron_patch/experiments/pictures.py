@@ -20,7 +20,6 @@ MOST_BAND_POINTS = 60
 """The same for a line with a band."""
 FADED = 0.005
 """Share of its peak LR below which a layer's update is too small to be measured (arXiv 2510.19093 drops 0.5%)."""
-BAND = "The line is the median over the layers of a kind, the band holds the middle 80% of them."
 NAMED_RUNS = 8
 """Runs that one picture can tell apart."""
 
@@ -129,7 +128,7 @@ def _running(name: str, series: Series) -> Line:
     """Return the mean of a series over windows of 1/25 of it, with the range of the values in each window."""
     count = len(series.values)
     values = np.array(series.values)
-    centres = range(0, count, max(1, count // MOST_POINTS))
+    centres = sorted({*range(0, count, max(1, count // MOST_POINTS)), count - 1})
     windows = [values[max(0, centre - count // 50) : centre + count // 50 + 1] for centre in centres]
     return Line(
         name,
@@ -142,8 +141,7 @@ def _running(name: str, series: Series) -> Line:
 
 def alignment_pictures(run: Run) -> list[Picture]:
     """Return the metrics of arXiv 2510.19093, figs. 3 to 5, and the size of weights and outputs, per kind of layer."""
-    means = any(line.kind == "expert_mean" for line in run.alignment)
-    lines = [line for line in run.alignment if not (means and ".experts." in line.layer and line.kind != "expert_mean")]
+    lines = lines_by_kind(run)
     fan_ins = sorted({line.fan_in for line in lines})
     random = [(f"1/√{fan_in}", 1 / math.sqrt(fan_in)) for fan_in in (fan_ins if len(fan_ins) <= 3 else fan_ins[:1])]
     measurable = measurable_updates(run)
@@ -228,6 +226,11 @@ def measurable_updates(run: Run) -> set[tuple[int, str]]:
     return {(line.iteration, line.layer) for line in run.alignment if line.lr >= FADED * peaks[line.layer]}
 
 
+def lines_by_kind(run: Run) -> list[AlignmentLine]:
+    """Return the lines of alignment.jsonl that count for a kind of layer: of experts, only the means over them."""
+    return [line for line in run.alignment if ".experts." not in line.layer or line.kind == "expert_mean"]
+
+
 def layer_kind(layer: str) -> str:
     """Return what layers of one kind are called in pictures.
 
@@ -279,7 +282,7 @@ def _bands(points: Iterable[Point]) -> list[Line]:
 
 
 def comparison_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Return the losses of several runs in one picture each; with many of them only the best one is named."""
+    """Return the losses of several runs in one picture each; with many of them only the lowest is named."""
     return _present(
         _comparison("Validation loss of all runs", [(run, run.evaluated("validation")) for run in runs]),
         _comparison("Training loss of all runs", [(run, run.train_loss) for run in runs]),
@@ -294,6 +297,6 @@ def _comparison(title: str, series: Sequence[tuple[Run, Series]]) -> Picture | N
     best = f"Lowest at the end: {lines[0].name} with {lines[0].y[-1]:.4g}."
     caption = ""
     if len(lines) > NAMED_RUNS:
-        lines = [lines[0], *(replace(line, name="") for line in lines[1:])]
-        caption = "Only the run with the lowest last value is named."
+        lines = [lines[0], *(replace(line, name="", faint=True) for line in lines[1:])]
+        caption = "Only the run that ends lowest is named."
     return Picture(title, f"{title} over iterations. {best}", partial(draw_lines, lines=lines, log=True), caption)

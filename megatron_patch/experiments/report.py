@@ -1,6 +1,7 @@
 """The report on runs: one HTML page that needs nothing else, the overview as a PNG file, a summary for the terminal."""
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_patch.experiments.drawing import DARK, LIGHT, Picture, png, small_
 from megatron_patch.experiments.output import OutputFiles
 from megatron_patch.experiments.runs import Run
 
-MOST_DETAILED = 12
+MOST_DETAILED = 8
 """Runs of which one page shows everything; with more, it shows the training of each and leaves out the rest."""
 
 
@@ -72,10 +73,11 @@ def print_summary(runs: Sequence[Run], files: Sequence[str], console: Console | 
         files: from `write_report`.
         console: where to; by default standard output.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("run", "iterations", "time", "training loss", "validation", "best"):
-        table.add_column(column, overflow="fold")
+    table.add_column("run", overflow="fold")
+    for column in ("iterations", "time", "training loss", "validation", "best"):
+        table.add_column(column, no_wrap=True)
     for run in runs:
         iterations = tables.iterations_text(run) + ("" if run.status == "finished" else f" ({run.status})")
         losses = tables.train_text(run), tables.loss_text(run.final_loss), tables.best_text(run)

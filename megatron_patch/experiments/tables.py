@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from megatron_patch.experiments.pictures import layer_kind, measurable_updates
-from megatron_patch.experiments.runs import Run
+from megatron_patch.experiments.pictures import layer_kind, lines_by_kind, measurable_updates
+from megatron_patch.experiments.runs import AlignmentLine, Run
 
 MOST_DIFFERENCES = 10
 """Columns for settings in which runs differ."""
@@ -135,7 +135,7 @@ def parameter_table(run: Run) -> Table:
 def kind_table(run: Run) -> Table:
     """Return the medians over the layers of each kind."""
     groups: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
-    for (layer, fan_in, _, _), values in _last_measured(run).items():
+    for (layer, fan_in, _, _), values in _last_measured(run, lines_by_kind(run)).items():
         groups.setdefault(layer_kind(layer), []).append((fan_in, values))
     rows = tuple(
         (
@@ -153,16 +153,16 @@ def layer_table(run: Run) -> Table:
     """Return what was measured last of every layer."""
     rows = tuple(
         (Cell(layer), _exact(fan_in), _exact(fan_out), _number(m), *(_number(values.get(key)) for key in _MEASURED))
-        for (layer, fan_in, fan_out, m), values in _last_measured(run).items()
+        for (layer, fan_in, fan_out, m), values in _last_measured(run, run.alignment).items()
     )
     return Table(("layer", "fan-in", "fan-out", "m", *_HEADINGS), rows, "Last measured values")
 
 
-def _last_measured(run: Run) -> dict[tuple[str, int, int, float], dict[str, float]]:
+def _last_measured(run: Run, lines: Iterable[AlignmentLine]) -> dict[tuple[str, int, int, float], dict[str, float]]:
     """Return the last value of every metric by layer, fan-in, fan-out and m."""
     measurable = measurable_updates(run)
     last: dict[tuple[str, int, int, float], dict[str, float]] = {}
-    for line in run.alignment:
+    for line in lines:
         known = last.setdefault((line.layer, line.fan_in, line.fan_out, line.m), {})
         for key in _MEASURED:
             value = getattr(line, key)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_patch.metrics.probes import Probes
 from megatron_patch.metrics.reduce import (
+    BUCKET_ELEMENTS,
     PartialSums,
     all_gather_flat,
     all_reduce_sum,
@@ -19,7 +20,7 @@ from megatron_patch.metrics.reduce import (
 from megatron_patch.metrics.registry import Registry
 from megatron_patch.metrics.slices import Block, SliceExchange, gradient_update_
 from megatron_patch.metrics.spectral import TopSingularValues
-from megatron_patch.metrics.views import CapturePoint, Group, LinearView, SublayerView, group_rank
+from megatron_patch.metrics.views import Captured, CapturePoint, Group, LinearView, SublayerView, group_rank
 
 SLOTS = (
     "weight",  # ‖W‖^2
@@ -53,7 +54,8 @@ class Meter:
     """Measures one optimizer step at a time: `begin`, forward and backward, `before_update`, the step, `after_update`.
 
     Memory beyond the training's own: the fp32 slices of the monitored weights that this rank's optimizer owns, from
-    `before_update` to `after_update`; the sampled inputs; and, one layer at a time, its weight in fp32 and its outputs.
+    `before_update` to `after_update`; the sampled inputs, in the precision and split of the activations; and a chunk of
+    inputs (`BUCKET_ELEMENTS`, or one layer if that is larger), one layer's weight in fp32 and its outputs.
 
     Args:
         views: the linear layers this rank holds a shard of, in an order that its peers share.
@@ -91,6 +93,7 @@ class Meter:
         self._partials = {id(v.shard_group): PartialSums(v.shard_group) for v in self._views if v.kind == "row"}
         self._spectral = TopSingularValues(views, device)
         self.probes = Probes(points, sublayers)
+        self._tokens = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -101,19 +104,25 @@ class Meter:
         )
         self._table = self._packed[: rows * len(SLOTS)].view(rows, len(SLOTS))
         self._sublayer_table = self._packed[rows * len(SLOTS) : -1].view(sublayers, len(SUBLAYER_SLOTS))
-        self._inputs: dict[str, Tensor] = {}
+        self._captured: dict[str, Captured] = {}
         self._old: dict[str, Tensor] = {}
         self._hyperparameters: dict[str, tuple[float, float]] = {}
 
     @property
     def held_bytes(self) -> int:
         """Bytes of tensors kept between calls: snapshots of weights and sampled inputs."""
-        tensors = [*self._old.values(), *self._inputs.values(), *(c.inputs for c in self.probes.captured.values())]
+        captured = [*self._captured.values(), *self.probes.captured.values()]
+        tensors = [*self._old.values(), *(c.inputs for c in captured)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def begin(self) -> None:
-        """Attach the hooks; also when a forward pass is repeated."""
+    def begin(self, tokens: int) -> None:
+        """Attach the hooks; also when a forward pass is repeated.
+
+        Args:
+            tokens: how many each data-parallel rank samples, the same number on all ranks.
+        """
         self._reset()
+        self._tokens = tokens
         self.probes.attach()
 
     def weight_norms(self) -> list[float]:
@@ -143,7 +152,12 @@ class Meter:
                         self._add(view, "top_singular_value", values)
             if alignment:
                 self._take_inputs()
-                self._outputs_of_weights()
+                for chunk in self._chunks(self._views):
+                    inputs = self._inputs(chunk)
+                    for view in chunk:
+                        self._output_sums(
+                            view, "weight_output", Block(slice(None), view.weight().float()), inputs[view.name]
+                        )
                 for view in self._views:
                     self._hyperparameters[view.name] = view.master.hyperparameters()
                     self._old[view.name] = view.master.read().clone()
@@ -194,21 +208,14 @@ class Meter:
                 f"the forward pass never called {absent[0]} ({len(absent)} layers in all): it runs through a fused "
                 "implementation that megatron_patch does not know; leave it out with --alignment-layers"
             )
+        self._captured = {view.name: captured[view.name] for view in self._views}
         for view in self._views:
-            self._inputs[view.name] = captured[view.name].inputs
-        scattered = [view for view in self._views if view.kind == "column" and view.scattered]
-        for members in _by_group(scattered, "shard_group"):
-            pieces = [(captured[view.name].inputs, captured[view.name].counts) for view in members]
-            for view, rows in zip(members, gather_rows(pieces, members[0].shard_group), strict=True):
-                self._inputs[view.name] = rows
-        for view in self._views:
-            inputs = self._inputs[view.name]
+            inputs = captured[view.name].inputs
             first = group_rank(view.shard_group) == 0
-            if view.kind != "column" or first:
-                self._add(view, "input", sum_of_squares(inputs).expand(len(view.rows)))
-            if view.kind == "replicated" or first:
-                tokens = torch.tensor(float(inputs.shape[0]), dtype=torch.float64, device=self._device)
-                self._add(view, "tokens", tokens.expand(len(view.rows)))
+            if first or view.scattered or view.kind == "row":
+                self._add(view, "input", sum_of_squares(inputs.float()).expand(len(view.rows)))
+            if first or view.scattered:
+                self._table[self._index[view.name], SLOTS.index("tokens")] += inputs.shape[0]
         for sublayer in self._sublayers:
             if sublayer.counts_output:
                 output = self.probes.outputs[sublayer.name]
@@ -217,10 +224,32 @@ class Meter:
                 at[SUBLAYER_SLOTS.index("tokens")] += output.shape[0]
         self.probes.captured, self.probes.outputs = {}, {}
 
-    def _outputs_of_weights(self) -> None:
-        for view in self._views:
-            block = Block(slice(None), view.weight().float())
-            self._output_sums(view, "weight_output", block, self._inputs[view.name])
+    def _chunks(self, views: Sequence[LinearView]) -> Iterator[list[LinearView]]:
+        """Split layers so that the inputs of a chunk fit a bucket, by sizes that all ranks agree on."""
+        chunk: list[LinearView] = []
+        elements = 0
+        for view in views:
+            size = self._tokens * view.weight().shape[1]
+            if chunk and elements + size > BUCKET_ELEMENTS:
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(view)
+            elements += size
+        if chunk:
+            yield chunk
+
+    def _inputs(self, views: Sequence[LinearView]) -> dict[str, Tensor]:
+        """Return the inputs of some layers, [B, C_loc] fp32; scattered tokens are gathered for column-parallel ones."""
+        inputs = {view.name: self._captured[view.name].inputs for view in views}
+        for members in _by_group([v for v in views if v.kind == "column" and v.scattered], "shard_group"):
+            pieces = [(inputs[view.name], self._captured[view.name].counts) for view in members]
+            for view, rows in zip(members, gather_rows(pieces, members[0].shard_group), strict=True):
+                inputs[view.name] = rows
+        return {name: rows.float() for name, rows in inputs.items()}
+
+    def _token_number(self, view: LinearView) -> int:
+        captured = self._captured[view.name]
+        return sum(captured.counts) if view.kind == "column" and view.scattered else captured.inputs.shape[0]
 
     def _output_sums(self, view: LinearView, slot: str, block: Block, inputs: Tensor) -> None:
         """Add the squares of block.delta @ inputs; for row-parallel layers after the sum over the shard group."""
@@ -235,17 +264,22 @@ class Meter:
         for view in self._views:
             lr, weight_decay = self._hyperparameters[view.name]
             deltas[view.name] = gradient_update_(self._old.pop(view.name), view.master.read(), lr, weight_decay)
-        for view in self._views:
-            if not view.master.sharded:
-                whole = Block(slice(None), deltas[view.name].view(view.row_part.shape[0], -1))
-                self._block_sums(view, [whole], self._inputs[view.name], group_rank(view.data_group) == 0)
-                del deltas[view.name]
+        for chunk in self._chunks([view for view in self._views if not view.master.sharded]):
+            inputs = self._inputs(chunk)
+            for view in chunk:
+                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], -1))
+                self._block_sums(view, [whole], inputs[view.name], group_rank(view.data_group) == 0)
         for members, exchange in self._exchanges:
             rows = exchange.whole_rows([deltas[view.name] for view in members])
-            tokens = exchange.all_tokens([self._inputs[view.name] for view in members])
-            for view, blocks, inputs in zip(members, rows, tokens, strict=True):
-                if inputs is not None:
-                    self._block_sums(view, blocks, inputs, count_weight=True)
+            tokens = exchange.token_numbers([self._token_number(view) for view in members])
+            place = {view.name: i for i, view in enumerate(members)}
+            for chunk in self._chunks(members):
+                which = [place[view.name] for view in chunk]
+                own = self._inputs(chunk)
+                everyones = exchange.all_tokens(which, [own[view.name] for view in chunk], tokens)
+                for i, view, inputs_of_all in zip(which, chunk, everyones, strict=True):
+                    if inputs_of_all is not None:
+                        self._block_sums(view, rows[i], inputs_of_all, count_weight=True)
 
     def _block_sums(self, view: LinearView, blocks: Sequence[Block], inputs: Tensor, count_weight: bool) -> None:
         for block in blocks:

@@ -116,8 +116,9 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     # Blocks of 4096 in the tensor's own precision, their sums in float64: fp32 alone would drift with the size.
     flat = tensor.reshape(-1)
     whole = flat.numel() // 4096 * 4096
-    total: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1).double().square().sum()
-    return total + torch.linalg.vector_norm(flat[whole:]).double().square()
+    blocks: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1).double().square().sum()
+    rest: Tensor = torch.linalg.vector_norm(flat[whole:]).double().square()
+    return blocks + rest
 
 
 def part_sums_of_squares(matrix: Tensor, part: Tensor, parts: int) -> Tensor:

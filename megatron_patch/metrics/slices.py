@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_patch.metrics.reduce import all_gather_flat, all_reduce_sum
 from megatron_patch.metrics.views import Group, LinearView, group_rank, group_size
 
-
 BLOCK_ELEMENTS = 1 << 20
 """Length of the float64 scratch vector."""
 
@@ -42,7 +41,7 @@ def gradient_update_(old: Tensor, new: Tensor, lr: float, weight_decay: float) -
 
     Source: arXiv 2510.19093, section 5.2 and appendix F.1.
     """
-    for before, after in zip(old.split(BLOCK_ELEMENTS), new.split(BLOCK_ELEMENTS), strict=True):
+    for before, after in zip(torch.split(old, BLOCK_ELEMENTS), torch.split(new, BLOCK_ELEMENTS), strict=True):
         before.copy_(after.double().sub_(before, alpha=1.0 - lr * weight_decay))
     return old
 
@@ -50,8 +49,8 @@ def gradient_update_(old: Tensor, new: Tensor, lr: float, weight_decay: float) -
 class SliceExchange:
     """Turns slices of dW into whole rows with all tokens, for the layers of one data group.
 
-    Three collectives, whatever the number of layers: one all-reduce for the cut rows, one all-gather of the numbers of
-    tokens, one all-to-all of the tokens.
+    Collectives: one all-reduce for the cut rows, one all-gather of the numbers of tokens, and one all-to-all of tokens
+    for every chunk of layers that `all_tokens` is called with.
 
     Args:
         views: layers whose master weights are sharded over `group`; the same, in the same order, on all its ranks.
@@ -62,6 +61,7 @@ class SliceExchange:
     def __init__(self, views: Sequence[LinearView], group: Group, device: torch.device) -> None:
         self._views = views
         self._group = group
+        self._device = device
         own = torch.tensor([[v.master.start, v.master.stop] for v in views], dtype=torch.int64, device=device)
         ranges = all_gather_flat(own, group).view(group_size(group), len(views), 2).tolist()
         self._widths = [view.weight().shape[1] for view in views]
@@ -121,34 +121,44 @@ class SliceExchange:
             result.append(blocks)
         return result
 
-    def all_tokens(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return for each layer the sampled inputs of all ranks, [B_all, C_loc]; None where this rank owns no row.
+    def token_numbers(self, own: Sequence[int]) -> list[list[int]]:
+        """Return how many tokens each rank has sampled for each layer, [rank][layer]; a collective call.
 
         Args:
-            inputs: for each layer this rank's, [B_loc, C_loc]; B_loc may differ from rank to rank and be 0.
+            own: this rank's numbers; those of an expert differ from rank to rank and may be 0.
+        """
+        tensor = torch.tensor(own, dtype=torch.int64, device=self._device)
+        numbers: list[list[int]] = all_gather_flat(tensor, self._group).tolist()
+        return numbers
+
+    def all_tokens(
+        self, which: Sequence[int], inputs: Sequence[Tensor], numbers: Sequence[Sequence[int]]
+    ) -> list[Tensor | None]:
+        """Return the sampled inputs of all ranks for some layers, [B_all, C_loc]; None where this rank owns no row.
+
+        Args:
+            which: the layers, the same on all ranks.
+            inputs: for each of them this rank's, [B_loc, C_loc].
+            numbers: what `token_numbers` returned.
         """
         ranks, rank = group_size(self._group), group_rank(self._group)
         if ranks == 1:
-            return [x if a < b else None for x, (a, b) in zip(inputs, self.ranges_of_rows, strict=True)]
-        own = torch.tensor([x.shape[0] for x in inputs], dtype=torch.int64, device=inputs[0].device)
-        tokens = all_gather_flat(own, self._group).tolist()  # [rank][layer]
-
-        def owned(owner: int) -> list[int]:
-            return [i for i in range(len(inputs)) if self._first[owner][i] < self._last[owner][i]]
-
-        mine = owned(rank)
-        send = [inputs[i].reshape(-1) for owner in range(ranks) for i in owned(owner)]
-        send_sizes = [sum(inputs[i].numel() for i in owned(owner)) for owner in range(ranks)]
-        receive_sizes = [sum(tokens[source][i] * self._widths[i] for i in mine) for source in range(ranks)]
-        received = inputs[0].new_empty(sum(receive_sizes))
-        dist.all_to_all_single(
-            received, torch.cat(send) if send else inputs[0].new_empty(0), receive_sizes, send_sizes, group=self._group
-        )
-        pieces: dict[int, list[Tensor]] = {i: [] for i in mine}
-        offset = 0
-        for source in range(ranks):
+            return [x if self._owns(rank, i) else None for i, x in zip(which, inputs, strict=True)]
+        mine = [i for i in which if self._owns(rank, i)]
+        send, send_sizes = [inputs[0].new_empty(0)], []
+        for owner in range(ranks):
+            pieces = [x.reshape(-1) for i, x in zip(which, inputs, strict=True) if self._owns(owner, i)]
+            send += pieces
+            send_sizes.append(sum(piece.numel() for piece in pieces))
+        sizes = [[numbers[source][i] * self._widths[i] for i in mine] for source in range(ranks)]
+        received = inputs[0].new_empty(sum(map(sum, sizes)))
+        dist.all_to_all_single(received, torch.cat(send), [sum(s) for s in sizes], send_sizes, group=self._group)
+        parts = iter(torch.split(received, [size for source in sizes for size in source]))
+        found: dict[int, list[Tensor]] = {i: [] for i in mine}
+        for _ in range(ranks):
             for i in mine:
-                size = tokens[source][i] * self._widths[i]
-                pieces[i].append(received[offset : offset + size].view(-1, self._widths[i]))
-                offset += size
-        return [torch.cat(pieces[i]) if i in pieces else None for i in range(len(inputs))]
+                found[i].append(next(parts).view(-1, self._widths[i]))
+        return [torch.cat(found[i]) if i in found else None for i in which]
+
+    def _owns(self, rank: int, layer: int) -> bool:
+        return self._first[rank][layer] < self._last[rank][layer]

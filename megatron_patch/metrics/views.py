@@ -101,7 +101,7 @@ class Captured:
     """Sampled inputs of one linear layer on this rank."""
 
     inputs: Tensor
-    """[B_loc, C_loc], fp32."""
+    """[B_loc, C_loc], in the precision of the activations."""
     counts: tuple[int, ...] = ()
     """Tokens that each rank of the shard group sampled, where they are scattered over it."""
 

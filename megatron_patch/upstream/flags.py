@@ -197,10 +197,13 @@ def _check_optimizer(args: Any) -> None:
             raise ConfigError(
                 spelling, "given", f"not together with the width-transfer flags: {reason}", "drop one of the two"
             )
-    for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+    for name, spelling in (
+        ("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
+        ("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
+    ):
         if (getattr(args, name, 1) or 1) > 1:
             raise ConfigError(
-                "--tensor-parallel-num-weight-shards",
+                spelling,
                 getattr(args, name),
                 "1 with the width-transfer flags: weights sharded a second time have no known fan-in",
                 "set it to 1 or drop the width-transfer flags",

@@ -288,7 +288,7 @@ def _extract(
         for weight, view in members:
             assert weight.expert is not None
             piece = pieces[weight.expert] if len(pieces) > 1 else pieces[0]
-            result[view.name] = Captured(experts[weight.moe_layer].pick(weight.expert, piece).float())
+            result[view.name] = Captured(experts[weight.moe_layer].pick(weight.expert, piece))
         return result
 
     return dense if members[0][0].expert is None else routed
@@ -302,13 +302,13 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _normalised(module: Any, tokens: Tensor) -> Tensor:
-    """Return the GEMM input of sampled tokens, fp32: where a norm is fused into the module, its output.
+    """Return the GEMM input of sampled tokens: where a norm is fused into the module, its output.
 
     The norm is computed in fp32 and rounded to the type of the activations, as the fused kernel does.
     """
     gain = getattr(module, "layer_norm_weight", None)
     if gain is None:
-        return tokens.float()
+        return tokens
     gain = gain.detach().float()
     if module.zero_centered_gamma:
         gain = gain + 1.0
@@ -320,7 +320,7 @@ def _normalised(module: Any, tokens: Tensor) -> Tensor:
         normed = functional.layer_norm(
             tokens.float(), shape, gain, None if bias is None else bias.detach().float(), module.eps
         )
-    return normed.to(tokens.dtype).float()
+    return normed.to(tokens.dtype)
 
 
 def _routing(

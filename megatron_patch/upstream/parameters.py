@@ -53,6 +53,9 @@ def config_dimensions(config: Any) -> dict[str, int]:
         return getattr(config, name, None) or 0
 
     multi_latent = getattr(config, "multi_latent_attention", False)
+    # Only hybrid models have Mamba layers, but every config has the sizes of theirs, and of a linear attention.
+    hybrid = getattr(config, "is_hybrid_model", False)
+    linear_attention = hybrid or getattr(config, "experimental_attention_variant", None) == "gated_delta_net"
     head_size = get("v_head_dim") if multi_latent else get("kv_channels")
     found = {
         "hidden_size": get("hidden_size"),
@@ -64,8 +67,10 @@ def config_dimensions(config: Any) -> dict[str, int]:
         "q_lora_rank": get("q_lora_rank") if multi_latent else 0,
         "kv_lora_rank": get("kv_lora_rank") if multi_latent else 0,
         # Megatron's mixer falls back to an expansion of 2 when no number of heads is given.
-        "mamba_inner_size": get("mamba_num_heads") * get("mamba_head_dim") or 2 * get("hidden_size"),
-        "linear_attention_inner_size": get("linear_num_value_heads") * get("linear_value_head_dim"),
+        "mamba_inner_size": (get("mamba_num_heads") * get("mamba_head_dim") or 2 * get("hidden_size")) if hybrid else 0,
+        "linear_attention_inner_size": (
+            get("linear_num_value_heads") * get("linear_value_head_dim") if linear_attention else 0
+        ),
     }
     return {name: size for name, size in found.items() if size}
 

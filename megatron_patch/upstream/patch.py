@@ -148,7 +148,7 @@ class _Run:
         self.optimizer: Any = None
         self.classes: tuple[ParameterClass, ...] = ()
         self.record: RunRecord | None = None
-        self.eval_losses: dict[str, float] = {}
+        self.eval_losses: list[dict[str, float]] = []
 
     def wrap_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -222,7 +222,7 @@ class _Run:
         return scheduler_factory(self.settings, get_args)
 
     def wrap_checkpoint_check(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Compare before Megatron fits what it reads into this run's param groups, where it would only find a misfit."""
+        """Compare before Megatron fits what it reads into this run's param groups, where it would find but a misfit."""
 
         @functools.wraps(original)
         def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -322,7 +322,7 @@ class _Run:
         @functools.wraps(original)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            self.eval_losses = {name: float(value) for name, value in (result[0] or {}).items()}
+            self.eval_losses.append({name: float(value) for name, value in (result[0] or {}).items()})
             return result
 
         return evaluate
@@ -330,12 +330,16 @@ class _Run:
     def wrap_evaluate_and_print(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
-            self.eval_losses = {}
+            from megatron.training import get_args
+
+            self.eval_losses = []
             result = original(*args, **kwargs)
-            if self.record and self.eval_losses:
-                prefix = argument(original, "prefix", args, kwargs)
-                on = "test" if "test set" in prefix else "validation"
-                self.record.evaluated(argument(original, "iteration", args, kwargs), on, self.eval_losses)
+            on = "test" if "test set" in argument(original, "prefix", args, kwargs) else "validation"
+            ours = get_args()
+            for i, losses in enumerate(self.eval_losses):
+                suffix = f"-{(ours.validation_set_names or range(i + 1))[i]}" if ours.multiple_validation_sets else ""
+                if self.record and losses:
+                    self.record.evaluated(argument(original, "iteration", args, kwargs), on + suffix, losses)
             return result
 
         return evaluate_and_print_results
@@ -343,9 +347,14 @@ class _Run:
     def wrap_train(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def train(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException as error:
+                if self.record:  # Megatron leaves by way of SystemExit at --exit-interval and the like
+                    self.record.ended("stopped" if isinstance(error, SystemExit) and not error.code else "failed")
+                raise
             if self.record:
-                self.record.finished()
+                self.record.ended("finished")
             return result
 
         return train

@@ -202,9 +202,9 @@ class RunRecord:
         self._summarise()
         self.write()
 
-    def finished(self) -> None:
-        """Note that training came to its end, and write."""
-        self.content["status"] = "finished"
+    def ended(self, status: str) -> None:
+        """Note how training ended, ``finished``, ``stopped`` (at --exit-interval, say) or ``failed``, and write."""
+        self.content["status"] = status
         self.write()
 
     def _summarise(self) -> None:

@@ -51,6 +51,8 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     Source: arXiv 2510.19093, eqs. 14 (exp) and 15 (decay-away).
     """
 
+    init_lr: float
+
     def __init__(self, *args: Any, warmup: ExtraWarmup, **kwargs: Any) -> None:
         # Before the base class, whose constructor computes the first LR.
         self.warmup = warmup
@@ -71,7 +73,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         """Return the LR of Megatron's own schedule for a group, without f_t; for no group, that of the base LR."""
         group = param_group or {}
         # init_lr is one number for all groups; scaled like the peak it keeps their ratios during Megatron's warmup.
-        init_lr: float = self.init_lr
+        init_lr = self.init_lr
         self.init_lr = init_lr * group.get("lr_mult", 1.0)
         try:
             return float(super().get_lr(group))

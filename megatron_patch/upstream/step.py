@@ -191,7 +191,7 @@ class AlignmentMonitor:
         self._spectral = _due(self._iteration, settings.spectral_interval)
         if self._alignment:
             self._sample = Sample(self._iteration, self._token_count())
-            self._meter.begin()
+            self._meter.begin(self._sample.count)
 
     def before_update(self) -> None:
         """Use the weights of this step while they are there; call it right before the optimizer's step."""

@@ -291,10 +291,20 @@ def test_document_per_line(model: str, tmp_path: Path) -> None:
     assert files_of(tmp_path / "lines") == files_of(tmp_path / "rows")
 
 
-@pytest.mark.parametrize("name", ["a[1].jsonl", ".hidden/__x__/a?.jsonl.gz", "a*.txt.xz", "null.csv"])
-def test_awkward_names_and_texts(name: str, tmp_path: Path) -> None:
-    content = {"j": b'{"text": "null"}\n', "t": b"null", "c": b'n,text\n1,"null"\n'}[name.rpartition("a")[2][-1:] and "j"]
-    assert content
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a[1].jsonl", b'{"text": "null"}\n'),
+        (".hidden/__x__/a?.jsonl.gz", gzip.compress(b'{"text": "null"}\n')),
+        ("a*.txt.xz", lzma.compress(b"null")),
+        ("a.csv", b'number,text\n1,"null"\n'),
+    ],
+)
+def test_awkward_names_and_texts(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    assert list(open_corpus(str(path)).batches) == [["null"]]
 
 
 def test_stdlib_is_sorted_and_without_installed_packages() -> None:
@@ -435,6 +445,7 @@ def two_splits(folder: Path) -> str:
         pytest.param(written("a.parquet", b"PAR1 rubbish"), "a.parquet: expected a readable parquet", id="parquet"),
         pytest.param(written("a.txt", b"\xff\xfe\x00"), "a.txt: expected a readable text.*UnicodeDecode", id="text"),
         pytest.param(written("a.jsonl.gz", b"{}"), "a.jsonl.gz: expected a readable json .*gzip", id="no gzip"),
+        pytest.param(written("a.txt.zip", b"PK\x03\x04\xff"), "a.txt.zip: expected a readable text", id="zip"),
         pytest.param(corrupt_gzip, "cut.jsonl.gz: expected a readable json .*ended before", id="cut gzip"),
     ],
 )

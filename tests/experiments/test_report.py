@@ -1,6 +1,7 @@
 """The report holds the numbers of the files, is one well-formed page with nothing foreign, and works in a browser."""
 
 import dataclasses
+import doctest
 import html
 import json
 import re
@@ -9,16 +10,18 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megatron_patch.experiments import drawing, pictures
 from megatron_patch.experiments.drawing import Line, Picture, draw_lines, small_figure, svg
 from megatron_patch.experiments.events import Series
 from megatron_patch.experiments.pictures import alignment_pictures, equilibrium_pictures, overview, training_pictures
 from megatron_patch.experiments.report import MOST_DETAILED, html_page, print_summary, write_report
-from megatron_patch.experiments.runs import Run, read_runs
+from megatron_patch.experiments.runs import AlignmentLine, Run, read_runs
 from tests.experiments.run_folders import LAYERS, STEPS, alignment_line, train_loss, write_record, write_run
 
 Tool = Callable[..., int]
@@ -132,10 +135,10 @@ def test_page_is_whole_by_itself(text: str) -> None:
 
 def test_every_picture_has_a_text(run: Run, text: str) -> None:
     page = Page(text)
-    pictures = sum(tag == "svg" and name == "viewbox" for tag, name, _ in page.attributes)
+    drawn = sum(tag == "svg" and name == "viewbox" for tag, name, _ in page.attributes)
     labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
     expected = training_pictures(run) + alignment_pictures(run) + equilibrium_pictures(run)
-    assert pictures == len(labels) == len(expected) == 4 + 6 + 3
+    assert drawn == len(labels) == len(expected) == 4 + 6 + 3
     assert all(len(label) > 40 for label in labels)
     assert "training loss from 5 to 2.075; validation loss from 2.438 to 2.188" in labels[0]
     assert "matrix: peak 0.004875" in labels[1]
@@ -156,6 +159,30 @@ def test_names_from_outside_are_escaped(bare: Run) -> None:
     assert text.count("<script>") == 1
     assert evil in Page(text).text
     assert overview(changed) is not None
+
+
+def test_experts_count_by_their_mean(bare: Run) -> None:
+    name = "decoder.layers.0.mlp.experts.linear_fc1.{}/gate"
+    shares = {"weight0": 0.1, "weight1": 0.5, "mean": 0.4}
+    lines = [
+        alignment_line(
+            4, name.format(part), 64, weight_alignment=share, kind="expert_mean" if part == "mean" else "column"
+        )
+        for part, share in shares.items()
+    ]
+    run = dataclasses.replace(bare, alignment=tuple(AlignmentLine(**line) for line in lines))
+    page = Page(html_page([run]))
+    (row,) = page.table("kind")
+    assert (row["kind"][0], number(row["layers"]), number(row["α_W"])) == ("experts gate", 1, 0.4)
+    assert len(page.table("layer")) == 3
+    assert "experts gate 0.4" in alignment_pictures(run)[0].text
+
+
+@pytest.mark.parametrize("module", [drawing, pictures])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize("missing", ["tensorboard", "alignment", "both"])

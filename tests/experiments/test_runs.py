@@ -15,6 +15,7 @@ from megatron_patch.experiments.events import read_events, tensorboard_files
 from megatron_patch.experiments.runs import AlignmentLine, EquilibriumLine, SublayerLine, read_runs
 from megatron_patch.metrics import table
 from megatron_patch.metrics.forecast import NormForecast
+from megatron_patch.metrics.meter import SLOTS
 from tests.experiments.run_folders import (
     CLASSES,
     STEPS,
@@ -56,7 +57,7 @@ def test_keys_are_those_that_the_metrics_write() -> None:
     forecast = NormForecast({"x": "group"}, {"x": 0.02})
     line = alignment_line(2, "x", 64)
     assert {f.name for f in fields(EquilibriumLine)} <= set(table.equilibrium_line(line, forecast, hidden_size=64))
-    gain = table.sublayer_line(2, "x", 64, [1.0, 1.0], [1.0] * len(table.SLOTS))
+    gain = table.sublayer_line(2, "x", 64, [1.0, 1.0], [1.0] * len(SLOTS))
     assert {f.name for f in fields(SublayerLine)} <= set(gain)
 
 
@@ -119,7 +120,7 @@ def test_what_is_missing_is_noted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", tensorboard=False, alignment=False) / "transfer"
     (folder / "hyperparameters.json").unlink()
     (run,) = read_runs([str(tmp_path)])
-    assert run.alignment == run.equilibrium == ()
+    assert not (run.alignment or run.equilibrium)
     assert run.series == {}
     assert run.hyperparameters is None
     assert [note.partition(":")[0] for note in run.notes] == [

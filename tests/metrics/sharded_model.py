@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_patch.metrics import meter as meter_module
 from megatron_patch.metrics import reduce
 from megatron_patch.metrics.meter import Meter
 from megatron_patch.metrics.probes import Sample
@@ -98,7 +99,15 @@ def counted() -> Iterator[list[tuple[str, int]]]:
             setattr(module, name, original)
 
 
-def measure(tp: int, dp: int, sharded: bool, spectral: bool = False, copies: int = 1, idle: str = "") -> dict[str, Any]:
+def measure(
+    tp: int,
+    dp: int,
+    sharded: bool,
+    spectral: bool = False,
+    copies: int = 1,
+    idle: str = "",
+    bucket: int | None = None,
+) -> dict[str, Any]:
     """Measure one step of the full model, cut over tp x dp ranks.
 
     Args:
@@ -106,11 +115,14 @@ def measure(tp: int, dp: int, sharded: bool, spectral: bool = False, copies: int
         sharded: whether the fp32 weights are cut over the data-parallel ranks.
         spectral: whether to measure top singular values.
         copies: how many times each layer exists.
+        bucket: size of the buckets, if not the usual one.
         idle: a layer that gets no token on the last data-parallel rank, as an expert may.
 
     Returns:
         The reduced table, the collectives that were made, and what was held.
     """
+    if bucket is not None:
+        reduce.BUCKET_ELEMENTS = meter_module.BUCKET_ELEMENTS = bucket
     rank = dist.get_rank()
     tp_rank, dp_rank = rank % tp, rank // tp
     tp_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
@@ -166,7 +178,7 @@ def measure(tp: int, dp: int, sharded: bool, spectral: bool = False, copies: int
         points.append((CapturePoint(module, extract), x.float()))
     registry = Registry([row for view in views for row in view.rows], [], dist.group.WORLD)
     meter = Meter(views, [point for point, _ in points], [], registry, dist.group.WORLD, torch.device("cpu"))
-    meter.begin()
+    meter.begin(SAMPLED)
     for point, x in points:
         point.module(x)
         point.module(torch.full_like(x, 1e9))  # later microbatches and recomputation must not count

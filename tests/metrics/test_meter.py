@@ -65,14 +65,29 @@ def test_number_of_collectives_does_not_depend_on_the_number_of_layers(pool: Poo
     few = pool.run(measure, ranks=4, tp=2, dp=2, sharded=True)[0]["calls"]
     many = pool.run(measure, ranks=4, tp=2, dp=2, sharded=True, copies=5)[0]["calls"]
     assert [kind for kind, _ in few] == [kind for kind, _ in many]
-    # Scattered tokens; completing cut rows; numbers of tokens; their exchange; row-parallel outputs; all sums.
-    kinds = ["all_gather", "all_reduce", "all_gather", "all_to_all_single", "reduce_scatter", "all_reduce"]
+    kinds = [
+        "all_gather",  # scattered tokens, for W X
+        "all_reduce",  # rows of dW that a slice boundary cuts
+        "all_gather",  # numbers of tokens
+        "all_gather",  # scattered tokens, for dW X
+        "all_to_all_single",  # tokens to the owners of rows
+        "reduce_scatter",  # row-parallel partial outputs
+        "all_reduce",  # all sums
+    ]
     assert [kind for kind, _ in many] == kinds
     lines = 5 * sum(len(layer.parts) for layer in LAYERS)
     assert many[-1] == ("all_reduce", 8 * (lines * len(SLOTS) + 1))
     row_outputs = sum(layer.fan_out for layer in LAYERS if layer.kind == "row")
     # W X of 10 own tokens and, of the half of the rows that this rank owns, dW X of the 20 tokens of both ranks.
     assert many[-2][1] == pytest.approx(4 * 5 * row_outputs * 2 * SAMPLED, rel=0.2)
+
+
+def test_small_buckets_give_the_same_sums(pool: Pool) -> None:
+    whole = pool.run(measure, ranks=4, tp=2, dp=2, sharded=True)[0]
+    chunked = pool.run(measure, ranks=4, tp=2, dp=2, sharded=True, bucket=150)[0]
+    assert len(chunked["calls"]) > len(whole["calls"])
+    for a, b in zip(whole["table"], chunked["table"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
 
 
 def test_dense_layout_without_sharding_needs_one_reduction_each(pool: Pool) -> None:

@@ -71,18 +71,34 @@ def norm(self: Any, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _norm(kind, inp, self.weight, getattr(self, "bias", None), self.eps, self.zero_centered_gamma)
 
 
+class _Everywhere(torch.autograd.Function):
+    """All ranks' tensors, stacked; the gradient of a rank's tensor is the sum of what all ranks made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        pieces = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(pieces, x.contiguous(), group=group)
+        return torch.stack(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient[ctx.group.rank()], None
+
+
 def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Stands in for `te.pytorch.DotProductAttention.forward`: causal, [s, b, heads, size], context-parallel or not.
 
     Context-parallel rank r of n holds chunks r and 2n - 1 - r of the sequence.
     """
     from megatron.core import parallel_state
-    from torch.distributed.nn.functional import all_gather
 
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     repeat = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
-    chunk = query.shape[0] // (2 * ranks) or 1
+    chunk = query.shape[0] // 2
     places = [
         torch.cat([torch.arange(chunk) + r * chunk, torch.arange(chunk) + (2 * ranks - 1 - r) * chunk])
         for r in range(ranks)
@@ -91,7 +107,7 @@ def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
         places = [torch.arange(query.shape[0])]
     else:
         group = parallel_state.get_context_parallel_group()
-        key, value = (torch.cat(all_gather(t.contiguous(), group=group)) for t in (key, value))
+        key, value = (_Everywhere.apply(t, group).flatten(0, 1) for t in (key, value))
     scale = self.softmax_scale if getattr(self, "softmax_scale", None) else query.shape[-1] ** -0.5
     scores = torch.einsum("sbhd,tbhd->bhst", query, key) * scale
     future = places[rank][:, None] < torch.cat(places)[None, :]
@@ -109,6 +125,9 @@ def stand_in() -> None:
     te.RMSNorm.forward = norm
     te.LayerNorm.forward = norm
     te.DotProductAttention.forward = attention
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # the router then multiplies with torch
     _optimizer_without_kernels()
 
 

@@ -68,7 +68,9 @@ class Builder:
         while len(self.installed) > 1:
             self.installed.pop().remove()
         global_vars.unset_global_variables()
-        sys.argv = ["train", *cpu_arguments([*COMMON, *argv])[0], *gpu_argv]
+        mla = "--multi-latent-attention"  # refused, for it cannot run; it can be built
+        words = cpu_arguments([*COMMON, *(word for word in argv if word != mla)])[0]
+        sys.argv = ["train", *words, *(word for word in argv if word == mla), *gpu_argv]
         return parse_and_validate_args()
 
     def build(self, argv: Sequence[str]) -> Built:

@@ -41,7 +41,10 @@ class Monitored(Hooks):
         be interleaved, for which the trainer wants a data set provider with another signature."""
         from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+        from megatron_patch.upstream import cpu_platform
         from tests import training
+
+        cpu_platform.CPU_REFUSED = tuple(r for r in cpu_platform.CPU_REFUSED if r[0] != "--multi-latent-attention")
 
         provider = training._datasets
 

@@ -130,6 +130,8 @@ class Recorder:
     """[S, G, C] over all G sequences of the global batch."""
     routed: dict[str, Tensor] = field(default_factory=dict)
     """Which tokens went to an expert, [S, G]; absent for dense layers."""
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """What each attention and MLP block adds to the residual stream, [S, G, hidden]."""
 
 
 class Reference:
@@ -182,15 +184,20 @@ class Reference:
             x = x + positions[:, None, :]
         for i in range(m.layers):
             layer = f"decoder.layers.{i}"
-            y = self.norm(f"{layer}.input_layernorm", x)
-            x = x + (self.latent_attention if m.latent else self.attention)(f"{layer}.self_attention", y)
-            y = self.norm(f"{layer}.pre_mlp_layernorm", x)
-            x = x + (self.mixture(f"{layer}.mlp", y) if m.experts else self.mlp(f"{layer}.mlp", y, m.ffn))
+            for block, norm in (("self_attention", "input_layernorm"), ("mlp", "pre_mlp_layernorm")):
+                y = self.block(f"{layer}.{block}", self.norm(f"{layer}.{norm}", x))
+                self.recorder.outputs[f"{layer}.{block}"] = y.detach()
+                x = x + y
         x = self.norm("decoder.final_layernorm", x)
         if m.tied:
             self.recorder.inputs["output_layer"] = x.detach()
             return x @ table.T
         return self.linear("output_layer", x, m.vocabulary, bias=False)
+
+    def block(self, name: str, x: Tensor) -> Tensor:
+        if name.endswith("self_attention"):
+            return self.latent_attention(name, x) if self.model.latent else self.attention(name, x)
+        return self.mixture(name, x) if self.model.experts else self.mlp(name, x, self.model.ffn)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return causal attention of [S, G, heads, size] tensors, heads side by side: [S, G, heads * size]."""

@@ -7,7 +7,7 @@ import pytest
 from tests.pool import Pool, RankFailure
 from tests.upstream.building import LLAMA_STYLE, Builder, Built
 
-# linear_fc2 is the only matrix with m = 3 and linear_proj the only one with m = 2, so they have param groups of their own.
+# linear_fc2 is the only matrix with m = 3 and linear_proj the only one with m = 2: each has a param group of its own.
 ARGV = (
     f"{LLAMA_STYLE} --ffn-hidden-size 96 --kv-channels 24 --width-scaling sqrt --base-hidden-size 16 "
     "--base-ffn-hidden-size 32 --base-kv-projection-size 48"

@@ -118,7 +118,7 @@ def tied_copies(argv: list[str]) -> Any:
 
 
 def test_both_copies_of_a_tied_embedding_stay_equal(pool: Pool):
-    """First and last pipeline stage scale their copies by themselves; different factors would never be noticed later."""
+    """First and last pipeline stage scale their copies by themselves; nothing would notice different factors later."""
     argv = [
         *MODELS["tied"].flags.split(),
         *"--pipeline-model-parallel-size 2 --num-layers 2 --init-scaling fan-in".split(),

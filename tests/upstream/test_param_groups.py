@@ -1,9 +1,10 @@
 """Every parameter of real models in Megatron's live param groups, against tables worked out by hand.
 
-All models are 64 wide with a proxy of 16 (m = 4), and every other dimension has a ratio of its own, so that a layer that
-is given another layer's multiplier shows. The base settings are lr 0.01, min_lr 0.001, weight decay 0.1, eps 1e-8.
+All models are 64 wide with a proxy of 16 (m = 4), and every other dimension has a ratio of its own, so that a layer
+that is given another layer's multiplier shows. The base settings are lr 0.01, min_lr 0.001, weight decay 0.1, eps 1e-8.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def layer(n: int, *tables: Table) -> Table:
     return {f"decoder.layers.{n}.{name}": entry for table in tables for name, entry in table.items()}
 
 
-# --- the models --------------------------------------------------------------------------------------------------------
+# --- the models ------------------------------------------------------------------------------------------------------
 
 ENDS: Table = {
     "embedding.word_embeddings.weight": ("embedding", 1),
@@ -137,7 +138,7 @@ MODELS = {
     ),
 }
 
-# --- the rules ---------------------------------------------------------------------------------------------------------
+# --- the rules -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def argv(model: str, case: Case, more: str = "") -> list[str]:
     return f"{MODELS[model].flags} {case.flags} {base} {more}".split()
 
 
-# --- jobs --------------------------------------------------------------------------------------------------------------
+# --- jobs ------------------------------------------------------------------------------------------------------------
 
 
 def build_all(runs: list[list[str]], directory: str = "") -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -232,7 +233,7 @@ def assert_same(got: dict[str, dict[str, float]], wanted: dict[str, dict[str, fl
             assert got[name][key] == pytest.approx(value, rel=1e-12, abs=0), f"{where}: {key} of {name}"
 
 
-# --- tests -------------------------------------------------------------------------------------------------------------
+# --- tests -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
@@ -259,17 +260,13 @@ def test_every_parameter_gets_what_its_own_fan_in_says(model: str, tensor_parall
             assert entry["eps"] == pytest.approx(wanted[parameter]["eps"], rel=1e-12), parameter
 
 
-TWO_LAYERS: dict[str, tuple[str, Table]] = {
-    "llama": (
-        "--num-layers 2",
-        {**ENDS, **layer(0, NORMS, ATTENTION, DENSE_MLP), **layer(1, NORMS, ATTENTION, DENSE_MLP)},
-    ),
-    "moe": ("", MODELS["moe"].table),
-    "tied": (
-        "--num-layers 2",
-        MODELS["tied"].table | {k.replace("layers.0", "layers.1"): v for k, v in MODELS["tied"].table.items()},
-    ),
-}
+def stacked(model: str, layers: int) -> Table:
+    """The table of a model of so many layers. The MoE model has two, a dense one and one of experts."""
+    first = {name: entry for name, entry in MODELS[model].table.items() if ".layers.0." in name}
+    more = {name.replace("s.0.", f"s.{n}."): entry for n in range(1, layers) for name, entry in first.items()}
+    return MODELS[model].table if model == "moe" else MODELS[model].table | more
+
+
 OPTIMIZERS = {
     "bf16": "--bf16",
     "distributed": "--use-distributed-optimizer",
@@ -284,7 +281,7 @@ LAYOUTS = [
     # Interleaved stages: rank 0 has the first and the third layer, as layer 0 of two chunks.
     (
         "llama",
-        "--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2 "
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
         "--microbatch-group-size-per-virtual-pipeline-stage 2",
     ),
     # One stage of nothing but the embedding: it has nothing to scale, and that is no mistake.
@@ -300,30 +297,41 @@ LAYOUTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def on_one_rank(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Any]:
+    """What hyperparameters.json says of a model of so many layers on one rank."""
+
+    @functools.cache
+    def parameters(model: str, layers: int) -> Any:
+        run = argv(model, CASES["custom"], f"--num-layers {layers}")
+        ((_, file),) = pool.run(build_all, runs=[run], directory=str(tmp_path_factory.mktemp("one")))[0]
+        return file["parameters"]
+
+    return parameters
+
+
 @pytest.mark.parametrize(("model", "layout"), LAYOUTS)
-def test_layout_and_optimizer_change_no_number_and_no_name(model: str, layout: str, pool: Pool, tmp_path: Path):
-    """Two ranks and any optimizer give every parameter what one rank gives it, and hyperparameters.json says the same."""
-    layers, table = TWO_LAYERS[model]
-    if "--num-layers 4" in layout:
-        table = table | {k.replace("layers.", "layers.2"): v for k, v in table.items() if "layers." in k}
-        table = {k.replace("layers.20", "layers.2").replace("layers.21", "layers.3"): v for k, v in table.items()}
-    case = CASES["custom"]
-    run = argv(model, case, f"{layers} {layout}")
-    one = argv(model, case, "--num-layers 4" if "--num-layers 4" in layout else layers)
-    ((_, reference),) = pool.run(build_all, runs=[one], directory=str(tmp_path / "one"))[0]
-    ranks = pool.run(build_all, ranks=2, runs=[run], directory=str(tmp_path / "two"))
-    assert sorted(p["name"] for p in reference["parameters"]) == sorted(table)
+def test_layout_and_optimizer_change_no_number_and_no_name(
+    model: str, layout: str, pool: Pool, tmp_path: Path, on_one_rank: Callable[[str, int], Any]
+):
+    """Two ranks and any optimizer give every parameter what one rank gives it, and the file says the same."""
+    layers = 4 if "virtual" in layout else 2
+    table = stacked(model, layers)
+    run = argv(model, CASES["custom"], f"--num-layers {layers} {layout}")
+    ranks = pool.run(build_all, ranks=2, runs=[run], directory=str(tmp_path))
     union: dict[str, dict[str, float]] = {}
     for ((values, _),) in ranks:
         for name, value in values.items():
-            if name == "output_layer.weight" and model == "tied":
-                name = "embedding.word_embeddings.weight"
-            assert union.setdefault(name, value) == value, name
-    assert_same(union, expected_of(table, model, case), layout)
-    assert ranks[0][0][1]["parameters"] == reference["parameters"]
+            # The last stage's copy of a tied embedding is no parameter of the whole model.
+            whole = name.replace("output_layer", "embedding.word_embeddings") if model == "tied" else name
+            assert union.setdefault(whole, value) == value, name
+    assert_same(union, expected_of(table, model, CASES["custom"]), layout)
+    (_, file) = ranks[0][0]
+    assert [p["name"] for p in file["parameters"]] == sorted(table)
+    assert file["parameters"] == on_one_rank(model, layers)
 
 
-# --- one step with zero gradients ----------------------------------------------------------------------------------------
+# --- one step with zero gradients ------------------------------------------------------------------------------------
 
 
 def shrink_all(runs: list[list[str]]) -> list[dict[str, float]]:

@@ -287,7 +287,7 @@ def test_checkpoint_from_before_the_patch_without_a_rule(pool: Pool, plain: tupl
 
 @pytest.mark.parametrize("hooks", [Observed(), Patched()], ids=["plain Megatron", "the patch without flags"])
 def test_checkpoint_with_a_rule_where_nobody_applies_it(pool: Pool, saved: tuple[Path, Outcome], hooks: Hooks) -> None:
-    """Megatron itself stops: the checkpoint has param groups that the run has not. It does not go on with a wrong LR."""
+    """Megatron itself stops, as the checkpoint has param groups that the run lacks; it goes on with no wrong LR."""
     folder, _ = saved
     message = refusal(pool, loading(folder), hooks)
     assert message.startswith("ValueError: ")
@@ -305,7 +305,7 @@ def test_override_where_the_groups_are_other_ones(pool: Pool, tmp_path: Path, ba
     before = run_to(pool, HALF, [*layout, *saving(there)], ranks=ranks, hooks=Observed())
     same = run_to(pool, HALF + 1, [*layout, *loading(there)], ranks=ranks, hooks=Observed())
     override = [*layout, "--override-width-scaling"]
-    ruled = run_to(pool, HALF + 1, [*override, *SQRT, *loading(there), "--save", str(back)], ranks=ranks)
+    ruled = run_to(pool, HALF + 1, [*override, *SQRT, *loading(there), *saving(back)], ranks=ranks)
     assert close(ruled.extra.peaks, peaks(0.01, 4**-0.5, 4**0.5))
     assert ruled.extra.start == same.extra.start == {n: c.digest for n, c in before.checksums.items()}
     assert ruled.extra.moments == pytest.approx(same.extra.moments, rel=1e-12)
@@ -324,7 +324,7 @@ def test_override_where_the_groups_are_other_ones(pool: Pool, tmp_path: Path, ba
 
 def test_override_of_a_checkpoint_that_keeps_its_state_in_groups(pool: Pool, tmp_path: Path) -> None:
     """--ckpt-format torch stores moments by their place in the groups: under other groups they would go astray."""
-    torch = ["--ckpt-format", "torch", "--save", str(tmp_path), "--load", str(tmp_path)]
+    torch = [*saving(tmp_path), "--ckpt-format", "torch", "--load", str(tmp_path)]
     before = run_to(pool, 1, [*SQRT, *torch], ranks=1)
     assert "(checkpoint -> this run: --lr: 0.01 -> 0.02)" in refusal(pool, [*SQRT, *torch, "--lr", "0.02"])
     message = refusal(pool, [*SQRT, *torch, "--lr", "0.02", "--override-width-scaling"])

@@ -56,7 +56,7 @@ def decay_away_factors(lrs: Sequence[float], decays: Sequence[float]) -> list[fl
     return factors
 
 
-# --- jobs: the schedulers live where Megatron is imported -----------------------------------------------------------------
+# --- jobs: the schedulers live where Megatron is imported ------------------------------------------------------------
 
 
 def make(settings: dict[str, Any], warmup: dict[str, Any] | None, groups: list[dict[str, Any]]) -> tuple[Any, Any]:
@@ -103,7 +103,7 @@ def resume(warmup: dict[str, Any], at: int, steps: int) -> tuple[list[Any], list
 
 
 def load(saved: dict[str, Any] | None, loading: dict[str, Any], at: int = 1_000) -> tuple[float, float, str]:
-    """(LR of the first group over Megatron's, factor, key list) after loading a checkpoint of step `at` into another run."""
+    """(LR of the first group over Megatron's, factor, saved keys) after loading a checkpoint of step `at`."""
     source, _ = make(FIG_7, saved, GROUPS)
     plain, plain_groups = make(FIG_7, None, GROUPS)
     for _ in range(at):
@@ -215,7 +215,7 @@ def test_scope_width_dependent_leaves_the_other_groups_alone(kind: str, pool: Po
 
 
 def test_initial_lr_keeps_the_ratio_of_the_groups(pool: Pool):
-    """Megatron starts every group at the one --lr-warmup-init; with the ratios of the peaks lost until its warmup ends."""
+    """Megatron starts every group at the one --lr-warmup-init, and the ratios are wrong until its warmup ends."""
     (seen,) = pool.run(record, warmup={}, settings={"init_lr": 0.001}, increments=[BATCH] * 2_001)
     for t in (0, 1, 1_000, 2_000):
         wanted = 0.001 + 0.003 * t / 2_000

@@ -10,9 +10,11 @@ import pytest
 from tests.pool import Pool, RankFailure
 from tests.training import TINY, Hooks, Run, train
 from tests.upstream.building import LLAMA_STYLE, Builder, live
-from tests.upstream.test_param_groups import MODELS, argv, assert_same, build_all, expected
+from tests.upstream.test_param_groups import CASES, MODELS, argv, assert_same, build_all, expected
 
-# --- Megatron's own muP ------------------------------------------------------------------------------------------------
+NO_DECAY = CASES["no-decay"]
+
+# --- Megatron's own muP ----------------------------------------------------------------------------------------------
 
 MUP = f"{LLAMA_STYLE} --ffn-hidden-size 96 --use-mup --mup-base-hidden-size 16"
 # rule: weight-decay factor of a matrix (m = 4), of the embedding, of the LM head.
@@ -87,7 +89,7 @@ def test_decoupled_lr_without_a_rule_is_megatrons_business(optimizer: str, pool:
     assert set(lrs.values()) == {0.01}
 
 
-# --- param groups ------------------------------------------------------------------------------------------------------
+# --- param groups ----------------------------------------------------------------------------------------------------
 
 
 def override_facts() -> dict[str, Any]:
@@ -121,9 +123,6 @@ def override_facts() -> dict[str, Any]:
     }
 
 
-NO_DECAY = __import__("tests.upstream.test_param_groups", fromlist=["CASES"]).CASES["no-decay"]
-
-
 def test_overrides_meet_megatrons_own_without_a_conflict(pool: Pool):
     """Two overrides that give one key different values are an error, None beside a float a TypeError, and two
     predicates with one name are one: so ours leave vectors alone, hold floats, and are named by what they say.
@@ -136,7 +135,7 @@ def test_overrides_meet_megatrons_own_without_a_conflict(pool: Pool):
 
 
 def test_megatron_still_does_not_compare_eps_on_resume(pool: Pool):
-    """Why lr_mult is always set, and equal keys are an error. When this fails upstream has closed the gap: allow them."""
+    """Why lr_mult is always set and equal keys are an error. Where this fails, upstream has closed the gap."""
     (facts,) = pool.run(override_facts)
     assert facts["theirs"] - {"optimizer"} == facts["ours"]
     assert "eps" not in facts["theirs"]
@@ -160,7 +159,7 @@ def build_with_override(words: Sequence[str], glob: str, override: dict[str, Any
 def test_groups_that_megatron_would_mix_up_on_resume_are_refused(pool: Pool):
     """A script gives one layer an eps of its own: a group that differs in eps only would get the other's on resume."""
     words = argv("llama", NO_DECAY)
-    with pytest.raises(RankFailure, match="two param groups share lr_mult=0.25, wd_mult=0"):
+    with pytest.raises(RankFailure, match=r"two param groups share lr_mult=0\.25, wd_mult=0"):
         pool.run(build_with_override, words=words, glob="*linear_fc1*", override={"eps": 1e-6})
 
 
@@ -180,7 +179,7 @@ def test_without_a_rule_a_scripts_own_groups_are_left_alone(pool: Pool, tmp_path
 
 
 def build_without_min_lr(words: Sequence[str]) -> list[float]:
-    """The min_lr of every group where the caller is no script and leaves OptimizerConfig.min_lr at its default, None."""
+    """The min_lr of every group where the caller leaves OptimizerConfig.min_lr at its default, None."""
     from megatron.training import training
 
     built = Builder().build(words)
@@ -191,12 +190,12 @@ def build_without_min_lr(words: Sequence[str]) -> list[float]:
 
 
 def test_no_min_lr_is_none_at_all(pool: Pool):
-    """OptimizerConfig.min_lr is None for who does not come from the command line: None times a factor is a TypeError."""
+    """OptimizerConfig.min_lr is None for who does not come from the command line; None times a factor is an error."""
     (found,) = pool.run(build_without_min_lr, words=argv("llama", NO_DECAY))
     assert {value or 0.0 for value in found} == {0.0}
 
 
-# --- layers ------------------------------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 def frozen(words: Sequence[str], part: str) -> None:
@@ -300,7 +299,7 @@ def test_an_unknown_layer_is_assumed_to_read_the_residual_stream_and_the_run_say
     assert "novelty.weight is no layer megatron_patch knows; m = 4" in said
 
 
-# --- schedule ----------------------------------------------------------------------------------------------------------
+# --- schedule --------------------------------------------------------------------------------------------------------
 
 
 def lrs_over_time(words: Sequence[str], at: Sequence[int]) -> list[dict[str, float]]:
@@ -316,13 +315,12 @@ def lrs_over_time(words: Sequence[str], at: Sequence[int]) -> list[dict[str, flo
 
 
 def test_initial_and_minimum_lr_are_scaled_like_the_peak(pool: Pool):
-    """Megatron's --lr-warmup-init is one number for all groups and its min_lr too: unscaled, the ratio of the LRs drifts
-    from 1 at the start through m^-a at the peak back to 1 in the end.
+    """Megatron's --lr-warmup-init is one number for all groups, and so is --min-lr: unscaled, the ratio of the LRs
+    drifts from 1 at the start through m^-a at the peak back to 1 in the end.
     """
-    case = __import__("tests.upstream.test_param_groups", fromlist=["CASES"]).CASES["independent"]
-    words = argv("llama", case, "--lr-warmup-iters 10 --lr-warmup-init 0.002")
+    words = argv("llama", CASES["independent"], "--lr-warmup-iters 10 --lr-warmup-init 0.002")
     (found,) = pool.run(lrs_over_time, words=words, at=[0, 5, 10, 55, 100])
-    peaks = {name: values["max_lr"] for name, values in expected("llama", case).items()}
+    peaks = {name: values["max_lr"] for name, values in expected("llama", CASES["independent"]).items()}
     # 0.002 -> 0.01 in 10 steps, 0.01 -> 0.001 from step 10 to 100: half of it at step 55.
     for step, lrs in zip((0.002, 0.006, 0.01, 0.0055, 0.001), found, strict=True):
         assert lrs == pytest.approx({name: peak / 0.01 * step for name, peak in peaks.items()}, rel=1e-12)
@@ -367,7 +365,7 @@ def test_the_proxy_itself_may_have_the_scope(pool: Pool):
     assert found == pytest.approx(dict.fromkeys(found, 1), rel=1e-12)
 
 
-# --- resume ------------------------------------------------------------------------------------------------------------
+# --- resume ----------------------------------------------------------------------------------------------------------
 
 RESUMED = (
     "--hidden-size 32 --ffn-hidden-size 96 --lr-decay-style linear --lr 0.01 --min-lr 0.001 --lr-decay-iters 8 "
@@ -392,17 +390,22 @@ class Watched(Hooks):
         self.values = live(run)
 
     def result(self, run: Run) -> Any:
-        steps = [int(state["step"]) for state in first_optimizer(run).state.values()]
+        steps = [int(state["step"]) for state in run.optimizer.chained_optimizers[0].optimizer.state.values()]
         return self.values, set(steps)
 
 
-def first_optimizer(run: Run) -> Any:
-    return run.optimizer.chained_optimizers[0].optimizer
+def saving(folder: Path, *more: str) -> list[str]:
+    """A run of four iterations that saves into `folder` when it stops, and goes on from there."""
+    return [*TINY, *split(RESUMED, f"--train-iters 4 --save {folder} --load {folder} --save-interval 100", *more)]
 
 
-def resumable(folder: Path | str, *more: str) -> list[str]:
-    saving = f"--save {folder} --load {folder} --save-interval 100 --train-iters 4 --use-cpu-initialization"
-    return [*TINY, *RESUMED.split(), *saving.split(), *(word for flags in more for word in flags.split())]
+def loading(folder: Path, *more: str) -> list[str]:
+    """The same run, but what it loads stays as it is."""
+    return [*TINY, *split(RESUMED, f"--train-iters 4 --load {folder}", *more)]
+
+
+def split(*flags: str) -> list[str]:
+    return " ".join(flags).split()
 
 
 @pytest.mark.parametrize(
@@ -414,10 +417,10 @@ def test_resume_keeps_groups_apart_that_differ_in_lr_and_eps_only(
     """Before 0.19 Megatron gave both groups the LR of the last one, and it still ignores eps; the losses are the proof
     that nothing else was mixed up either.
     """
-    whole = pool.run(train, ranks=ranks, argv=resumable(tmp_path / "a", RULE, optimizer), steps=4, hooks=Watched())
+    whole = pool.run(train, ranks=ranks, argv=saving(tmp_path / "a", RULE, optimizer), steps=4, hooks=Watched())
     folder = tmp_path / "b"
-    pool.run(train, ranks=ranks, argv=resumable(folder, RULE, optimizer), steps=2, hooks=Watched())
-    rest = pool.run(train, ranks=ranks, argv=resumable(folder, RULE, optimizer), steps=4, hooks=Watched())
+    pool.run(train, ranks=ranks, argv=saving(folder, RULE, optimizer), steps=2, hooks=Watched())
+    rest = pool.run(train, ranks=ranks, argv=saving(folder, RULE, optimizer), steps=4, hooks=Watched())
     assert len(whole[0].losses) == 4
     assert rest[0].losses == whole[0].losses[2:]
     assert {n: c.digest for n, c in rest[0].checksums.items()} == {n: c.digest for n, c in whole[0].checksums.items()}
@@ -437,85 +440,43 @@ def test_resume_keeps_groups_apart_that_differ_in_lr_and_eps_only(
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "message", "layer", "field", "value"),
     [
-        ("--lr 0.02", r"--lr: 0\.01 -> 0\.02"),
-        ("--min-lr 0.0005", r"--min-lr: 0\.001 -> 0\.0005"),
-        ("--weight-decay 0.2", r"--end-weight-decay: 0\.1 -> 0\.2"),
-        ("--width-scaling independent", "--width-scaling: standard -> independent"),
-        ("--base-hidden-size 16", "--base-hidden-size: 8 -> 16"),
-        ("--base-ffn-hidden-size 24", "--base-ffn-hidden-size: 48 -> 24"),
-        ("--vector-lr 0.005", r"--vector-lr: None -> 0\.005"),
-        ("--adam-eps 1e-6", "--adam-eps: 1e-08 -> 1e-06"),
+        ("--min-lr 0.0005", r"--min-lr: 0\.001 -> 0\.0005", "linear_fc2", "min_lr", 0.00025),
+        ("--base-ffn-hidden-size 24", "--base-ffn-hidden-size: 48 -> 24", "linear_fc2", "max_lr", 0.0025),
+        ("--adam-eps 1e-6", "--adam-eps: 1e-08 -> 1e-06", "linear_fc2", "eps", 5e-7),
+        ("--adam-eps 1e-6", "--adam-eps: 1e-08 -> 1e-06", "linear_fc1", "eps", 2.5e-7),
     ],
 )
-def test_resume_with_other_numbers(changed: str, message: str, pool: Pool, checkpoint: Path):
-    """Megatron keeps a group's saved LR in silence, or does not find the group; we name the flag and both values, and
-    with --override-width-scaling the new number holds.
+def test_resume_with_other_numbers(
+    changed: str, message: str, layer: str, field: str, value: float, pool: Pool, checkpoint: Path
+):
+    """Megatron keeps what a group was saved with, eps in silence; we name the flag and both values, and with
+    --override-width-scaling the new number holds. The other flags are in test_resume.py.
     """
-    words = resumable(checkpoint, RULE, changed, "--no-save-optim --save-interval 1000")
-    with pytest.raises(RankFailure, match=rf"checkpoint -> this run: .*{message}"):
+    words = loading(checkpoint, RULE, changed)
+    with pytest.raises(RankFailure, match=rf"checkpoint -> this run: {message}\)"):
         pool.run(train, argv=words, steps=3, hooks=Watched())
     (accepted,) = pool.run(train, argv=[*words, "--override-width-scaling"], steps=3, hooks=Watched())
     values, steps = accepted.extra
-    assert len(accepted.losses) == 1, "the run did not go on at iteration 2"
     assert steps == {3}, "Adam started anew"
-    flag, new = changed.split()
-    fc2, embedding = values["decoder.layers.0.mlp.linear_fc2.weight"], values["embedding.word_embeddings.weight"]
-    if flag == "--lr":
-        assert (fc2["lr"], embedding["max_lr"]) == pytest.approx((0.01, 0.02))
-    if flag == "--min-lr":
-        assert fc2["min_lr"] == pytest.approx(0.00025)
-    if flag == "--weight-decay":
-        assert fc2["weight_decay"] == pytest.approx(0.2)
-    if flag == "--width-scaling":
-        assert fc2["weight_decay"] == pytest.approx(0.2)
-    if flag == "--base-hidden-size":
-        assert values["decoder.layers.0.mlp.linear_fc1.weight"]["max_lr"] == pytest.approx(0.005)
-    if flag == "--base-ffn-hidden-size":
-        assert fc2["max_lr"] == pytest.approx(0.0025)
-    if flag == "--vector-lr":
-        assert embedding["lr"] == pytest.approx(float(new))
-    if flag == "--adam-eps":
-        assert fc2["eps"] == pytest.approx(5e-7)
+    assert values[f"decoder.layers.0.mlp.{layer}.weight"][field] == pytest.approx(value, rel=1e-12)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of iteration 2 under the rule."""
     folder = tmp_path_factory.mktemp("rule")
-    pool.run(train, argv=resumable(folder, RULE), steps=2, hooks=Watched())
+    pool.run(train, argv=saving(folder, RULE), steps=2, hooks=Watched())
     return folder
 
 
-@pytest.fixture(scope="module")
-def plain_checkpoint(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of iteration 2 by a Megatron that never heard of us."""
-    folder = tmp_path_factory.mktemp("plain")
-    pool.run(train, argv=resumable(folder), steps=2)
-    return folder
-
-
-def test_override_without_a_difference_is_an_ordinary_resume(pool: Pool, checkpoint: Path):
-    """Taking this run's groups must not lose anything of Adam's state."""
-    words = resumable(checkpoint, RULE, "--save-interval 1000")
-    (plain,) = pool.run(train, argv=words, steps=3, hooks=Watched())
-    (override,) = pool.run(train, argv=[*words, "--override-width-scaling"], steps=3, hooks=Watched())
-    assert override.losses == plain.losses
-    assert override.checksums == plain.checksums
-
-
-def test_checkpoint_saved_without_the_package(pool: Pool, plain_checkpoint: Path, tmp_path: Path):
-    """A rule changes LRs: refused, or taken on with the override, or with --no-load-optim. Measuring changes nothing."""
-    words = resumable(plain_checkpoint, "--save-interval 1000")
-    rule = RULE.split()
-    with pytest.raises(RankFailure, match=r"--width-scaling: none -> standard; --base-hidden-size: None -> 8"):
-        pool.run(train, argv=[*words, *rule], steps=3, hooks=Watched())
-    for accepted in ("--override-width-scaling", "--no-load-optim"):
-        (outcome,) = pool.run(train, argv=[*words, *rule, accepted], steps=3, hooks=Watched())
-        assert outcome.extra[0]["decoder.layers.0.mlp.linear_fc2.weight"]["max_lr"] == pytest.approx(0.005)
-    (unpatched,) = pool.run(train, argv=words, steps=3)
-    (measured,) = pool.run(train, argv=[*words, "--metrics-dir", str(tmp_path)], steps=3, hooks=Watched())
+def test_metrics_can_be_switched_on_in_the_middle_of_a_run(pool: Pool, tmp_path: Path):
+    """To measure is not to set: a checkpoint by a Megatron that never heard of us goes on to the last bit."""
+    folder = tmp_path / "plain"
+    pool.run(train, argv=saving(folder), steps=2)
+    (unpatched,) = pool.run(train, argv=loading(folder), steps=4)
+    (measured,) = pool.run(train, argv=loading(folder, f"--metrics-dir {tmp_path}"), steps=4, hooks=Watched())
     assert measured.losses == unpatched.losses
     assert measured.checksums == unpatched.checksums
 

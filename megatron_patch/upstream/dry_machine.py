@@ -1,0 +1,116 @@
+"""Running parts of Megatron on a machine that is not the one they are meant for, alone, for a while, and quietly."""
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_patch.errors import ConfigError, MegatronPatchError
+
+
+def prepare_machine(cpu: bool) -> bool:
+    """Bring up the CPU platform unless there is a CUDA device, and return whether there is one.
+
+    To be called before Megatron is imported.
+
+    Raises:
+        ConfigError: there is one although `cpu` was asked for.
+    """
+    from megatron_patch.upstream.cpu_platform import activate
+
+    try:
+        activate()
+    except ConfigError:
+        if cpu:
+            raise
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow what Megatron prints, logs and warns of on its way: libraries it misses, defaults it sets."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def megatrons_checks() -> Iterator[None]:
+    """Turn an assertion of Megatron's, most of which have no class and some no text, into one line for the user."""
+    try:
+        yield
+    except MegatronPatchError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(
+            "Megatron", "refuses these arguments", f"what it accepts ({said})", "correct the flag in question"
+        ) from error
+
+
+@contextlib.contextmanager
+def assigned(owner: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of `owner` other values for a while."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def machine_meant() -> Iterator[None]:
+    """Answer what Megatron asks of the machine while it validates: a GPU has Transformer Engine and its kernels."""
+    from megatron.core import utils
+    from megatron.core.models.common.embeddings import rope_utils
+    from packaging.version import Version
+
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # launchers set it
+    with contextlib.ExitStack() as stack:
+        if rope_utils.fused_apply_rotary_pos_emb is None:
+            stack.enter_context(assigned(rope_utils, fused_apply_rotary_pos_emb=object()))
+            stack.enter_context(assigned(utils, _te_version=Version("2.20.0")))
+        yield
+
+
+@contextlib.contextmanager
+def process_groups(args: Any, rank: int) -> Iterator[Any]:
+    """Make Megatron's process groups as `rank` of ``args.world_size`` would, over torch's fake backend.
+
+    Nobody else takes part: each collective answers at once with what this rank gave. Gives Megatron's `parallel_state`.
+    """
+    from megatron.core import parallel_state
+    from megatron.training import global_vars, initialize
+
+    args = copy.copy(args)
+    args.rank, args.local_rank, args.fake_process_group = rank, 0, True
+    # Settings of real communication libraries.
+    args.use_gloo_process_groups = args.use_sharp = False
+    args.nccl_communicator_config_path, args.high_priority_stream_groups = None, []
+    # Each init_process_group puts another "[rank0]:" in front of tracebacks.
+    with assigned(global_vars, _GLOBAL_ARGS=args), assigned(sys, excepthook=sys.excepthook):
+        try:
+            with megatrons_checks():
+                initialize._initialize_distributed(None, None, None)
+            yield parallel_state
+        finally:
+            parallel_state.destroy_model_parallel()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
