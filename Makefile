@@ -1,5 +1,6 @@
 # make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures
 # make test         set up and run the whole test suite
+# make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make lint bench   what their names say
 # Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test test-te lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +25,10 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-te:
+	PYTHON="$(PYTHON)" .ci/install_te.sh .venv-te
+	.ci/test_te .venv-te
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +36,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/patch_overhead.py
+	$(BIN)/python benchmarks/alignment_cost.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-te

@@ -30,10 +30,10 @@ class Matrix:
 
 def matrices(flags: dict[str, Any]) -> list[Matrix]:
     """Return the linear layers of the last pipeline stage."""
-    hidden, heads = flags["hidden-size"], flags["num-attention-heads"]
+    hidden, heads = int(flags["hidden-size"]), int(flags["num-attention-heads"])
     head = flags.get("kv-channels", hidden // heads)
     groups = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
-    ffn = flags["ffn-hidden-size"]
+    ffn = int(flags["ffn-hidden-size"])
     layer = [
         Matrix((heads + 2 * groups) * head, hidden, True, 3),
         Matrix(hidden, heads * head, False),
@@ -41,7 +41,7 @@ def matrices(flags: dict[str, Any]) -> list[Matrix]:
         Matrix(hidden, ffn, False),
     ]
     vocabulary = Matrix(flags.get("padded-vocab-size", 32000), hidden, True)
-    return layer * (flags["num-layers"] // flags.get("pipeline-model-parallel-size", 1)) + [vocabulary]
+    return layer * int(flags["num-layers"] // flags.get("pipeline-model-parallel-size", 1)) + [vocabulary]
 
 
 def rows(matrix: Matrix, tp: int) -> int:
@@ -83,12 +83,12 @@ def costs(flags: dict[str, Any], dp: int, tokens: int | None = None) -> dict[str
         "FLOPs, fp32": 4 * local * b,
         "FLOPs of the training step": 6 * local * step_tokens,
         "bytes: scattered tokens, gathered twice": (2 * ACTIVATION_BYTES * gathered * b * others) if scattered else 0,
-        "bytes: tokens to the owners of dW": 4 * inputs_local * b * (dp - 1) / dp,
+        "bytes: tokens to the owners of dW": ACTIVATION_BYTES * inputs_local * b * (dp - 1) / dp,
         "bytes: row-parallel outputs": 4 * 2 * row_outputs * b * others,
         "bytes: all sums": 2 * 8 * 9 * lines,
         "memory: slices of W": 4 * local / dp,
         "memory: sampled inputs": ACTIVATION_BYTES * held * b,
-        "memory: chunk of inputs, sent and received": 3 * 4 * max(BUCKET_ELEMENTS, widest * b),
+        "memory: chunk of inputs, sent and received": 3 * ACTIVATION_BYTES * max(BUCKET_ELEMENTS, widest * b),
         "memory: one layer's W and outputs": max(4 * (m.fan_out * m.fan_in // tp + rows(m, tp) * b) for m in layers),
         "collectives": (2 * chunks if scattered else 0) + (2 + chunks if dp > 1 else 0) + reductions + 1,
     }

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+export CUDA_VISIBLE_DEVICES= # on CPU also where there are GPUs
 
 out=runs/quickstart
 if [[ -e "$out" ]]; then
@@ -15,5 +16,5 @@ python tools/train_tokenizer.py --input stdlib --sample-documents 300 --vocab-si
 python tools/preprocess_data.py --input stdlib --tokenizer-model "$out/tokenizer.model" --append-eod --workers 2 \
     --output-prefix "$out/stdlib"
 launch/pretrain.sh --num-gpus 2 --config configs/quickstart_proxy.yaml \
-    --data-path "$out/stdlib" --data-cache-path "$out/cache" --tokenizer-model "$out/tokenizer.model" "$@"
+    --data-path "$out/stdlib" --data-cache-path "$out/cache" --tokenizer-model "$out/tokenizer.model" --split 96,2,2 "$@"
 python tools/report.py "$out" --output "$out/report.html"

@@ -57,8 +57,12 @@ class WidthConfig:
         """Whether any parameter group may differ from what Megatron builds by itself."""
         return self.rule != "none" or self.vector_lr is not None or self.embedding_weight_decay is not None
 
-    def validate(self) -> None:
-        """Raise ConfigError on the first setting that contradicts itself or another one."""
+    def validate(self, warmup: bool = False) -> None:
+        """Raise ConfigError on the first setting that contradicts itself or another one.
+
+        Args:
+            warmup: there is an extra warmup, which needs the base hidden size whatever the rule is.
+        """
         if self.rule not in WIDTH_RULES:
             raise ConfigError("--width-scaling", self.rule, f"one of {', '.join(WIDTH_RULES)}", "choose one of them")
         if self.rule != "none" and self.base_hidden_size is None:
@@ -73,7 +77,7 @@ class WidthConfig:
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ConfigError(flag(name), size, "a positive integer", "give the proxy's size")
-            if size is not None and self.rule == "none":
+            if size is not None and self.rule == "none" and not (warmup and name == "base_hidden_size"):
                 raise ConfigError(
                     flag(name),
                     size,
@@ -150,8 +154,8 @@ class WarmupConfig:
             raise ConfigError(
                 "--extra-warmup",
                 self.kind,
-                "a width rule with --base-hidden-size, since the warmup starts at base_hidden_size / hidden_size",
-                "add --width-scaling and --base-hidden-size, or drop --extra-warmup",
+                "--base-hidden-size, since the warmup starts at base_hidden_size / hidden_size",
+                "add --base-hidden-size, or drop --extra-warmup",
             )
         if not self.active and self.scope != "all":
             raise ConfigError(
@@ -239,6 +243,6 @@ class Settings:
 
     def validate(self) -> None:
         """Raise ConfigError on the first contradiction."""
-        self.width.validate()
+        self.width.validate(warmup=self.warmup.active)
         self.warmup.validate(self.width)
         self.metrics.validate()

@@ -255,7 +255,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "between 0 and 1",
         "give a fraction",
     ),
-    ("--extra-warmup decay-away", {}, "--extra-warmup decay-away", "a width rule", "drop --extra-warmup"),
+    ("--extra-warmup decay-away", {}, "--extra-warmup decay-away", "--base-hidden-size", "drop --extra-warmup"),
     (
         f"{SQRT} --extra-warmup-scope width-dependent",
         {},

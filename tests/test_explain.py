@@ -1,4 +1,4 @@
-"""``explain`` without Megatron: its options, what it prints, and every warning when it must come and when it must not."""
+"""``explain`` without Megatron: its options, what it prints, every warning where it must come and where it must not."""
 
 import json
 import math

@@ -27,7 +27,12 @@ THIRD_PARTY: dict[str, tuple[str, ...] | None] = {
     "base": (),
     "theory": (),
     "metrics": ("torch",),
-    "upstream": ("torch", "numpy", *FORBIDDEN),
+    "upstream": (
+        "torch",
+        "numpy",
+        "packaging",
+        *FORBIDDEN,
+    ),  # packaging: the versions Megatron compares are its objects
     "experiments": None,
     "entry": None,
     "script": None,

@@ -239,13 +239,13 @@ class Meter:
             yield chunk
 
     def _inputs(self, views: Sequence[LinearView]) -> dict[str, Tensor]:
-        """Return the inputs of some layers, [B, C_loc] fp32; scattered tokens are gathered for column-parallel ones."""
+        """Return the inputs of some layers, [B, C_loc]; scattered tokens are gathered for column-parallel ones."""
         inputs = {view.name: self._captured[view.name].inputs for view in views}
         for members in _by_group([v for v in views if v.kind == "column" and v.scattered], "shard_group"):
             pieces = [(inputs[view.name], self._captured[view.name].counts) for view in members]
             for view, rows in zip(members, gather_rows(pieces, members[0].shard_group), strict=True):
                 inputs[view.name] = rows
-        return {name: rows.float() for name, rows in inputs.items()}
+        return inputs
 
     def _token_number(self, view: LinearView) -> int:
         captured = self._captured[view.name]
@@ -253,7 +253,7 @@ class Meter:
 
     def _output_sums(self, view: LinearView, slot: str, block: Block, inputs: Tensor) -> None:
         """Add the squares of block.delta @ inputs; for row-parallel layers after the sum over the shard group."""
-        outputs = block.delta @ inputs.T  # [rows, B]
+        outputs = block.delta @ inputs.float().T  # [rows, B]
         if view.kind == "row":
             self._partials[id(view.shard_group)].add(outputs, lambda square: self._add(view, slot, square))
         else:

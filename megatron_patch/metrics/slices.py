@@ -5,6 +5,7 @@ tokens of ALL ranks is therefore computed row-wise by the owners: the few sample
 a range boundary cuts in two are completed first; such a row belongs to the rank that owns its first entry.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -145,13 +146,14 @@ class SliceExchange:
         if ranks == 1:
             return [x if self._owns(rank, i) else None for i, x in zip(which, inputs, strict=True)]
         mine = [i for i in which if self._owns(rank, i)]
-        send, send_sizes = [inputs[0].new_empty(0)], []
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs))
+        send, send_sizes = [inputs[0].new_empty(0, dtype=dtype)], []
         for owner in range(ranks):
-            pieces = [x.reshape(-1) for i, x in zip(which, inputs, strict=True) if self._owns(owner, i)]
+            pieces = [x.reshape(-1).to(dtype) for i, x in zip(which, inputs, strict=True) if self._owns(owner, i)]
             send += pieces
             send_sizes.append(sum(piece.numel() for piece in pieces))
         sizes = [[numbers[source][i] * self._widths[i] for i in mine] for source in range(ranks)]
-        received = inputs[0].new_empty(sum(map(sum, sizes)))
+        received = inputs[0].new_empty(sum(map(sum, sizes)), dtype=dtype)
         dist.all_to_all_single(received, torch.cat(send), [sum(s) for s in sizes], send_sizes, group=self._group)
         parts = iter(torch.split(received, [size for source in sizes for size in source]))
         found: dict[int, list[Tensor]] = {i: [] for i in mine}

@@ -8,12 +8,17 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.upstream.coverage import Position
+
+TRANSFORMER_ENGINE = "2.20.0"
+"""The version that is taken to be on the machine meant, where this one has none."""
 
 
 def prepare_machine(cpu: bool) -> bool:
@@ -80,13 +85,16 @@ def machine_meant() -> Iterator[None]:
     """Answer what Megatron asks of the machine while it validates: a GPU has Transformer Engine and its kernels."""
     from megatron.core import utils
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import moe_utils
     from packaging.version import Version
 
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # launchers set it
     with contextlib.ExitStack() as stack:
-        if rope_utils.fused_apply_rotary_pos_emb is None:
-            stack.enter_context(assigned(rope_utils, fused_apply_rotary_pos_emb=object()))
-            stack.enter_context(assigned(utils, _te_version=Version("2.20.0")))
+        if utils.get_te_version() == Version("0.0.0"):  # not installed
+            stack.enter_context(assigned(utils, _te_version=Version(TRANSFORMER_ENGINE)))
+            for module in (rope_utils, moe_utils):
+                kernels = [name for name, value in vars(module).items() if name.startswith("fused_") and value is None]
+                stack.enter_context(assigned(module, **dict.fromkeys(kernels, object())))
         yield
 
 
@@ -114,3 +122,28 @@ def process_groups(args: Any, rank: int) -> Iterator[Any]:
             parallel_state.destroy_model_parallel()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def all_positions(args: Any) -> list[Position]:
+    """Return the place of every rank, by Megatron's own numbering."""
+    from megatron.core.parallel_state import RankGenerator
+
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    order = "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tp, ep=1, dp=args.world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
+    experts = RankGenerator(tp=etp, ep=ep, dp=args.world_size // (etp * ep * pp), pp=pp, cp=1, order=order)
+
+    def places(generator: Any, axis: str) -> dict[int, int]:
+        return {rank: place for group in generator.get_ranks(axis) for place, rank in enumerate(group)}
+
+    axes = [places(dense, "tp"), places(dense, "pp"), places(experts, "ep"), places(experts, "tp")]
+    return [Position(rank, *(axis[rank] for axis in axes)) for rank in range(args.world_size)]
+
+
+def distinct(positions: Sequence[Position]) -> list[Position]:
+    """Return the first rank of every distinct place."""
+    first: dict[Position, Position] = {}
+    for position in positions:
+        first.setdefault(replace(position, rank=0), position)
+    return list(first.values())

@@ -21,7 +21,14 @@ from megatron_patch.config import Settings, WidthConfig
 from megatron_patch.errors import ConfigError
 from megatron_patch.upstream.audit import audit_build
 from megatron_patch.upstream.coverage import Held, Position, merge
-from megatron_patch.upstream.dry_machine import assigned, machine_meant, megatrons_checks, process_groups
+from megatron_patch.upstream.dry_machine import (
+    all_positions,
+    assigned,
+    distinct,
+    machine_meant,
+    megatrons_checks,
+    process_groups,
+)
 from megatron_patch.upstream.flags import settings_from_args
 from megatron_patch.upstream.optimizer import config_overrides, make_plan
 from megatron_patch.upstream.parameters import describe
@@ -128,8 +135,8 @@ def dry_run(
     args, notes = _validated(arguments, world_size, rank)
     settings = settings_from_args(args)
     blueprint = _blueprint(args, gpu, notes)
-    positions = _positions(args)
-    chosen = _distinct(positions) if all_ranks else [positions[rank]]
+    positions = all_positions(args)
+    chosen = distinct(positions) if all_ranks else [positions[rank]]
     built = []
     for number, position in enumerate(chosen):
         progress(number, len(chosen))
@@ -203,6 +210,10 @@ def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
     fields: dict[str, Any] = {"perform_initialization": False, "init_model_with_meta_device": True}
     if not gpu:
         fields |= _NO_KERNELS
+        # It wants Transformer Engine's FusedAdam, and changes no param group.
+        args.use_precision_aware_optimizer = False
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            setattr(args, name, torch.float32)
     elif asked == "local":
         fields["use_cpu_initialization"] = True
     for name, value in fields.items():
@@ -234,31 +245,6 @@ def _settle_vocabulary(args: Any, notes: list[str]) -> None:
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def _positions(args: Any) -> list[Position]:
-    """Return the place of every rank, by Megatron's own numbering."""
-    from megatron.core.parallel_state import RankGenerator
-
-    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
-    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    order = "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
-    dense = RankGenerator(tp=tp, ep=1, dp=args.world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
-    experts = RankGenerator(tp=etp, ep=ep, dp=args.world_size // (etp * ep * pp), pp=pp, cp=1, order=order)
-
-    def places(generator: Any, axis: str) -> dict[int, int]:
-        return {rank: place for group in generator.get_ranks(axis) for place, rank in enumerate(group)}
-
-    axes = [places(dense, "tp"), places(dense, "pp"), places(experts, "ep"), places(experts, "tp")]
-    return [Position(rank, *(axis[rank] for axis in axes)) for rank in range(args.world_size)]
-
-
-def _distinct(positions: Sequence[Position]) -> list[Position]:
-    """Return the first rank of every distinct place."""
-    first: dict[Position, Position] = {}
-    for position in positions:
-        first.setdefault(replace(position, rank=0), position)
-    return list(first.values())
 
 
 def _build(blueprint: _Blueprint) -> list[Any]:
@@ -310,11 +296,20 @@ def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Pos
     transformer = blueprint.config.transformer
     width = _described_width(args, settings)
     with process_groups(args, position.rank) as state:
-        place = (state.get_tensor_model_parallel_rank(), state.get_pipeline_model_parallel_rank())
-        assert place == (position.tensor, position.pipeline), f"rank {position.rank} is at {place}, not at {position}"
+        assert (
+            Position(
+                torch.distributed.get_rank(),
+                state.get_tensor_model_parallel_rank(),
+                state.get_pipeline_model_parallel_rank(),
+                state.get_expert_model_parallel_rank(),
+                state.get_expert_tensor_parallel_rank(),
+            )
+            == position
+        ), "Megatron numbers its ranks in another way"
         chunks = _build(blueprint)
         parameters = list(describe(chunks, transformer, width, state))
-        config, overrides = training.get_megatron_optimizer_config(args)
+        with megatrons_checks():
+            config, overrides = training.get_megatron_optimizer_config(args)
         if args.use_mup:
             overrides = overrides | training.get_mup_config_overrides(
                 config=config, mup_width_mult=transformer.mup_width_mult, optimizer_type=config.optimizer

@@ -214,9 +214,11 @@ def _expert_mean(name: str) -> str:
 def _dequantised(parameter: torch.nn.Parameter) -> Callable[[], Tensor]:
     """Return what reads a weight as plain numbers; fp8 weights (--fp8-param-gather) are scaled back."""
 
+    from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+
     def read() -> Tensor:
-        weight = parameter.detach()
-        return weight.dequantize() if hasattr(weight, "_quantizer") else weight
+        weight: Tensor = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+        return weight.detach()
 
     return read
 

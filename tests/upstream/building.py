@@ -4,7 +4,6 @@
 parameters paired with param groups through the tensors that the optimizer really steps.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +49,6 @@ class Builder:
         The flags in `gpu_argv` are among those that the CPU platform refuses.
         """
         from megatron.training import arguments, global_vars
-        from megatron.training.argument_utils import ArgumentGroupFactory
         from megatron.training.arguments import parse_and_validate_args
 
         from megatron_patch.upstream import patch
@@ -58,10 +56,6 @@ class Builder:
         from megatron_patch.upstream.hooks import install
 
         if not self.installed:
-            # Building the parser takes a third of a second, most of it for the help texts of the config classes.
-            original = ArgumentGroupFactory._get_field_docstrings
-            cached = functools.cache(functools.partial(original, object.__new__(ArgumentGroupFactory)))
-            ArgumentGroupFactory._get_field_docstrings = lambda self, cls: cached(cls)
             arguments._print_args = lambda title, args: None
             patch.audit_build = self._note_plan(patch.audit_build)
             self.installed.append(install(patch.entry_hooks(self.installed)))

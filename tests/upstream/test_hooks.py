@@ -338,7 +338,7 @@ SOURCES = {
     "megatron.core.datasets.utils:compile_helpers": "84029a50ae8c",
     "megatron.training.training:get_megatron_optimizer": "b473223298c4",
     "megatron.training.training:OptimizerParamScheduler": "2936733983b5",
-    "megatron.training.checkpointing:check_checkpoint_args": "4c636308e56b",
+    "megatron.training.checkpointing:_load_base_checkpoint": "9a7e9e8de242",
     "megatron.training.training:setup_model_and_optimizer": "3d67da87effa",
     "megatron.training.training:training_log": "5e34a182d566",
     "megatron.training.training:evaluate": "a8be7269bc27",
