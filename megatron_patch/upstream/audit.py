@@ -241,16 +241,13 @@ def refuse_other_checkpoint(saved: Any, args: Any, in_groups: bool = False) -> N
         )
 
 
-_LIVE_MASTERS = "megatron_patch fp32_from_fp16_params"
-
-
 def adopt_live_groups(optimizer: Any) -> None:
     """Make loading keep this run's param-group values and take only the optimizer state from the checkpoint.
 
     For --override-width-scaling: Megatron matches groups by their LR and weight decay and would find no counterpart,
     and where their number differs it cannot even put what it has read into its place. The state of every parameter is
-    keyed by the parameter itself in Megatron's distributed checkpoints, so all that is needed is to keep the lists that
-    have one entry per group out of its way.
+    keyed by the parameter itself in Megatron's distributed checkpoints, so all that is needed is to keep the list of the
+    groups out of its way.
     """
     for child in child_optimizers(optimizer):
         shard, load = child.sharded_state_dict, child.load_state_dict
@@ -261,8 +258,6 @@ def adopt_live_groups(optimizer: Any) -> None:
                 inner = state_dict.get("optimizer", state_dict)
                 if isinstance(inner, dict):  # else one object of the whole, read as it was saved
                     inner.pop("param_groups", None)
-                if "fp32_from_fp16_params" in state_dict:
-                    state_dict[_LIVE_MASTERS] = state_dict.pop("fp32_from_fp16_params")
             return state_dict
 
         def adopting(state_dict: dict[str, Any], child: Any = child, load: Any = load) -> None:
@@ -271,8 +266,6 @@ def adopt_live_groups(optimizer: Any) -> None:
             step = {key: saved[0][key] for key in ("step",) if saved and key in saved[0]}
             live = child.optimizer.state_dict()["param_groups"]
             inner["param_groups"] = [{**group, **step} for group in live]
-            if _LIVE_MASTERS in state_dict:
-                state_dict["fp32_from_fp16_params"] = state_dict.pop(_LIVE_MASTERS)
             load(state_dict)
 
         child.sharded_state_dict, child.load_state_dict = without_groups, adopting

@@ -112,6 +112,7 @@ def process_groups(args: Any, rank: int) -> Iterator[Any]:
     # Settings of real communication libraries.
     args.use_gloo_process_groups = args.use_sharp = False
     args.nccl_communicator_config_path, args.high_priority_stream_groups = None, []
+    environment = dict(os.environ)  # which says, once a model is built, what attention it has
     # Each init_process_group puts another "[rank0]:" in front of tracebacks.
     with assigned(global_vars, _GLOBAL_ARGS=args), assigned(sys, excepthook=sys.excepthook):
         try:
@@ -122,6 +123,8 @@ def process_groups(args: Any, rank: int) -> Iterator[Any]:
             parallel_state.destroy_model_parallel()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def all_positions(args: Any) -> list[Position]:
