@@ -71,8 +71,8 @@ def main() -> None:
             "--tokenizer-type NullTokenizer --vocab-size 1023 --normalization RMSNorm --swiglu --disable-bias-linear "
             "--untie-embeddings-and-output-weights --position-embedding-type rope "
             f"--train-iters {options.steps} --lr 0.01 --lr-warmup-iters 2 --lr-decay-style linear --eval-iters 0 "
-            f"--eval-interval 1000 --log-interval 100 --tensorboard-dir {folder} --width-scaling sqrt --base-hidden-size {width // 4} "
-            "--extra-warmup decay-away"
+            f"--eval-interval 1000 --log-interval 100 --tensorboard-dir {folder} --width-scaling sqrt "
+            f"--base-hidden-size {width // 4} --extra-warmup decay-away"
         )
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29655")

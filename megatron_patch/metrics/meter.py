@@ -135,6 +135,10 @@ class Meter:
         self._reset()
         return weights
 
+    def forget_singular_vectors(self) -> None:
+        """Measure the next top singular values without what the last measurement found."""
+        self._spectral.forget()
+
     def before_update(self, alignment: bool, spectral: bool) -> None:
         """Use the weights of this step while they are there: W X, ‖W‖, singular values, and a copy of the fp32 slices.
 

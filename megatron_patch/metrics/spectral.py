@@ -127,6 +127,10 @@ class TopSingularValues:
         self._device = device
         self._warm: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """Start from random vectors the next time."""
+        self._warm.clear()
+
     def measure(self) -> Iterator[tuple[LinearView, Tensor]]:
         """Yield each layer with the top singular values of its parts, [P]; the same on all ranks of its shard group."""
         for views in self._groups:

@@ -246,7 +246,7 @@ def adopt_live_groups(optimizer: Any) -> None:
 
     For --override-width-scaling: Megatron matches groups by their LR and weight decay and would find no counterpart,
     and where their number differs it cannot even put what it has read into its place. The state of every parameter is
-    keyed by the parameter itself in Megatron's distributed checkpoints, so all that is needed is to keep the list of the
+    keyed by the parameter itself in Megatron's distributed checkpoints, so all that is needed is to keep the list of
     groups out of its way.
     """
     for child in child_optimizers(optimizer):

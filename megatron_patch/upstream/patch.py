@@ -281,7 +281,9 @@ class _Run:
             }
             self.record = RunRecord(directory, args, layout, args.iteration)
         if self.settings.metrics.active:
-            watch(AlignmentMonitor(self.settings.metrics, model, plan.parameters, optimizer, args), optimizer)
+            monitor = AlignmentMonitor(self.settings.metrics, model, plan.parameters, optimizer, args)
+            scheduler.carry(monitor.forecast)
+            watch(monitor, optimizer)
 
     def wrap_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -9,6 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
+from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.theory.schedules import decay_away, decay_away_step, exp_increasing
 
 _STATE_KEY = "megatron_patch"
@@ -59,7 +60,15 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         self.optimizer_steps = 0
         self.decay_product = 1.0
         self._loading = False
+        self._forecast: NormForecast | None = None
+        self._loaded_forecast: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
+
+    def carry(self, forecast: NormForecast) -> None:
+        """Continue `forecast` from the checkpoint that was loaded, if any, and save its state in all to come."""
+        if self._loaded_forecast is not None:
+            forecast.load_state_dict(self._loaded_forecast)
+        self._forecast = forecast
 
     def factor(self) -> float:
         """Return f_t of the coming optimizer step: 1/m at the start, 1 in the end, never above 1."""
@@ -95,23 +104,30 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         super().step(increment)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Megatron's state and, under a key of its own, the warmup's."""
+        """Return Megatron's state and, under a key of its own, the warmup's and the forecast's."""
         state: dict[str, Any] = super().state_dict()
+        own: dict[str, Any] = {}
         if self.warmup.kind != "none":
-            state[_STATE_KEY] = {
+            own["warmup"] = {
                 "optimizer_steps": self.optimizer_steps,
                 "decay_product": self.decay_product,
                 "warmup_steps": self.warmup.steps,
             }
+        if self._forecast is not None:
+            own["forecast"] = self._forecast.state_dict()
+        if own:
+            state[_STATE_KEY] = own
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both.
+        """Restore all three.
 
         Raises:
             ConfigError: the checkpoint has no state of the extra warmup, or one of another length.
         """
-        saved = state_dict.get(_STATE_KEY)
+        own = state_dict.get(_STATE_KEY, {})
+        saved = own.get("warmup")
+        self._loaded_forecast = own.get("forecast")
         if self.warmup.kind != "none" and not self.warmup.accept_other_checkpoints:
             if saved is None:
                 raise ConfigError(

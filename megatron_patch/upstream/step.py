@@ -140,6 +140,7 @@ class AlignmentMonitor:
         self._optimizer = optimizer
         self._sample: Sample | None = None
         self._iteration = 0
+        self._last_spectral = args.iteration
         self._alignment = self._spectral = False
         config = get_model_config(model[0])
         wanted = re.compile(settings.alignment_layers)
@@ -196,6 +197,12 @@ class AlignmentMonitor:
     def before_update(self) -> None:
         """Use the weights of this step while they are there; call it right before the optimizer's step."""
         self._hyperparameters = live_hyperparameters(self._optimizer)
+        if self._spectral:
+            # Singular vectors are not in checkpoints: a resumed run has none, so an undisturbed one drops them too.
+            every = self._args.save_interval if self._args.save else None
+            if every and (self._iteration - 1) // every > (self._last_spectral - 1) // every:
+                self._meter.forget_singular_vectors()
+            self._last_spectral = self._iteration
         if self._alignment or self._spectral:
             self._meter.before_update(self._alignment, self._spectral)
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.theory.width import ROLES, RULES, Multipliers, ParamSpec, Rule, multipliers
@@ -20,6 +20,7 @@ AT_16 = {
 # rule: the power of m with which LR times weight decay goes.
 PRODUCT_EXPONENT = {"none": 0.0, "standard": -1.0, "independent": 0.0, "sqrt": 0.0, "sqrt-decay": -0.5}
 
+PROPERTY = settings(max_examples=50, deadline=None)  # no deadline: the machine may be busy
 widths = st.floats(min_value=1 / 64, max_value=4096)
 exponents = st.floats(min_value=-4, max_value=4)
 rules = st.sampled_from(sorted(RULES))
@@ -62,6 +63,7 @@ def test_embeddings_keep_their_lr_and_decay_as_the_table_says(rule: str, decay: 
     assert multipliers(RULES[rule], "embedding", 16.0) == Multipliers(1.0, decay)
 
 
+@PROPERTY
 @given(rule=rules, m=widths, eps=st.booleans(), output=st.booleans(), decay=st.none() | st.floats(0, 10))
 def test_vectors_are_frozen_and_never_decay(rule, m, eps, output, decay):
     """Gains and biases: no width, no decay, no eps, whatever the switches for other classes say."""
@@ -71,6 +73,7 @@ def test_vectors_are_frozen_and_never_decay(rule, m, eps, output, decay):
     assert got == Multipliers(0.5, 0.0, 1.0)
 
 
+@PROPERTY
 @given(rule=rules, role=st.sampled_from(ROLES), eps=st.booleans())
 def test_width_of_the_base_changes_nothing_but_switched_off_decay(rule, role, eps):
     """m = 1 is the identity: a proxy trained under a rule is the proxy trained without."""
@@ -79,6 +82,7 @@ def test_width_of_the_base_changes_nothing_but_switched_off_decay(rule, role, ep
     assert got == Multipliers(1.0, decays.get(role, 0.0 if rule == "no-decay" else 1.0), 1.0)
 
 
+@PROPERTY
 @given(rule=st.sampled_from(sorted(PRODUCT_EXPONENT)), m=widths)
 def test_shrink_per_step_goes_with_its_power_of_m(rule, m):
     """eta*lambda ~ m^(b-a): the whole point of the independent rules is that this power is 0."""
@@ -86,6 +90,7 @@ def test_shrink_per_step_goes_with_its_power_of_m(rule, m):
     assert math.isclose(got.lr * got.weight_decay, m ** PRODUCT_EXPONENT[rule], rel_tol=1e-12)
 
 
+@PROPERTY
 @given(a=exponents, b=exponents, m=widths)
 def test_product_of_custom_exponents(a, b, m):
     """The same for any two exponents."""
@@ -93,6 +98,7 @@ def test_product_of_custom_exponents(a, b, m):
     assert math.isclose(got.lr * got.weight_decay, m ** (b - a), rel_tol=1e-11)
 
 
+@PROPERTY
 @given(a=exponents, b=exponents, first=widths, second=widths)
 def test_widening_twice_is_widening_once(a, b, first, second):
     """m1 then m2 equals m1*m2: transfer through an intermediate model gives the same run."""
@@ -104,6 +110,7 @@ def test_widening_twice_is_widening_once(a, b, first, second):
     assert math.isclose(one.eps * two.eps, both.eps, rel_tol=1e-11)
 
 
+@PROPERTY
 @given(rule=st.sampled_from(["standard", "independent", "sqrt", "sqrt-decay", "no-decay"]), m=st.floats(1.01, 4096))
 def test_wider_means_smaller_lr_and_no_smaller_decay(rule, m):
     """A sign error in an exponent would pass every test that only compares products."""

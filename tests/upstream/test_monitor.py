@@ -1,6 +1,5 @@
 """When the monitor measures, what it writes beside alignment.jsonl, and that it survives kills, skips and reruns."""
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from megatron_patch.errors import ConfigError
 from tests.pool import Pool, RankFailure
-from tests.training import TINY, Run, train
+from tests.training import TINY, Hooks, Run, train
 from tests.upstream.monitored import Monitored, read_lines
 from tests.upstream.reference import Model, Reference
 
@@ -72,35 +71,32 @@ def test_a_pattern_that_matches_nothing_is_refused(pool: Pool, tmp_path: Path) -
         pool.run(train, argv=[*TINY, *MODEL.flags()], steps=1, hooks=Monitored(str(tmp_path), layers="nosuchlayer"))
 
 
-@dataclass
-class Resumable(Monitored):
-    """Carries the forecast from run to run, as a checkpoint does."""
+class Patched(Hooks):
+    """A run with the patch, as a user has it: the metrics come from the flags."""
 
-    def built(self, run: Run) -> None:
-        super().built(run)
-        saved = Path(self.directory, f"forecast{run.args.iteration}")
-        if saved.exists():
-            self.monitor.forecast.load_state_dict(json.loads(saved.read_text(encoding="utf-8")))
+    def before_arguments(self) -> None:
+        from megatron_patch.upstream.hooks import install
+        from megatron_patch.upstream.patch import entry_hooks
 
-    def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
-        if run.args.rank == 0:
-            state = json.dumps(self.monitor.forecast.state_dict())
-            Path(self.directory, f"forecast{iteration}").write_text(state, encoding="utf-8")
+        self.installed: list[Any] = []
+        self.installed.append(install(entry_hooks(self.installed)))
 
 
 def test_a_killed_and_resumed_run_ends_with_the_files_of_an_uninterrupted_one(pool: Pool, tmp_path: Path) -> None:
     argv = [*TINY, *MODEL.flags(), "--train-iters", "6", "--use-distributed-optimizer"]
-    whole, killed, saved = (tmp_path / name for name in ("whole", "killed", "saved"))
-    pool.run(train, ranks=2, argv=argv, steps=6, hooks=Resumable(str(whole), scatter=False))
-    argv += ["--save", str(saved), "--load", str(saved), "--save-interval", "3", "--ckpt-format", "torch_dist"]
-    pool.run(train, ranks=2, argv=argv, steps=3, hooks=Resumable(str(killed), scatter=False))
-    with open(killed / "alignment.jsonl", "a", encoding="utf-8") as file:  # as far as the killed run got
+    argv += ["--alignment-interval", "1", "--spectral-interval", "2", "--ckpt-format", "torch_dist"]
+    argv += ["--save-interval", "3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pool.run(train, ranks=2, argv=[*argv, "--save", str(whole)], steps=6, hooks=Patched())
+    argv += ["--save", str(killed), "--load", str(killed)]
+    pool.run(train, ranks=2, argv=argv, steps=3, hooks=Patched())
+    with open(killed / "transfer" / "alignment.jsonl", "a", encoding="utf-8") as file:  # as far as the killed run got
         file.write(
             '{"iteration": 4, "layer": "decoder.layers.0.mlp.linear_fc2", "weight_norm": 1.0}\n{"iteration": 5, '
         )
-    pool.run(train, ranks=2, argv=argv, steps=6, hooks=Resumable(str(killed), scatter=False))
+    pool.run(train, ranks=2, argv=argv, steps=6, hooks=Patched())
     for name in ("alignment.jsonl", "equilibrium.jsonl", "sublayers.jsonl"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (killed / "transfer" / name).read_bytes() == (whole / "transfer" / name).read_bytes(), name
 
 
 @dataclass

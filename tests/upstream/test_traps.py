@@ -302,15 +302,15 @@ def test_an_unknown_layer_is_assumed_to_read_the_residual_stream_and_the_run_say
 # --- schedule --------------------------------------------------------------------------------------------------------
 
 
-def lrs_over_time(words: Sequence[str], at: Sequence[int]) -> list[dict[str, float]]:
-    """The live LRs before the first step and at the given numbers of steps of two samples each."""
+def over_time(words: Sequence[str], field: str, at: Sequence[int]) -> list[dict[str, float]]:
+    """A live value of every parameter after the given numbers of steps of two samples each."""
     built = Builder().build(words)
     found, made = [], 0
     for steps in at:
         while made < steps:
             built.scheduler.step(2)
             made += 1
-        found.append({name: values["lr"] for name, values in live(built).items()})
+        found.append({name: values[field] for name, values in live(built).items()})
     return found
 
 
@@ -319,11 +319,35 @@ def test_initial_and_minimum_lr_are_scaled_like_the_peak(pool: Pool):
     drifts from 1 at the start through m^-a at the peak back to 1 in the end.
     """
     words = argv("llama", CASES["independent"], "--lr-warmup-iters 10 --lr-warmup-init 0.002")
-    (found,) = pool.run(lrs_over_time, words=words, at=[0, 5, 10, 55, 100])
+    (found,) = pool.run(over_time, words=words, field="lr", at=[0, 5, 10, 55, 100])
     peaks = {name: values["max_lr"] for name, values in expected("llama", CASES["independent"]).items()}
     # 0.002 -> 0.01 in 10 steps, 0.01 -> 0.001 from step 10 to 100: half of it at step 55.
     for step, lrs in zip((0.002, 0.006, 0.01, 0.0055, 0.001), found, strict=True):
         assert lrs == pytest.approx({name: peak / 0.01 * step for name, peak in peaks.items()}, rel=1e-12)
+
+
+def test_weight_decay_schedule_keeps_the_ratios(pool: Pool):
+    """0.02 -> 0.1 over the run; the decay of the embeddings is given for its end and follows the same course."""
+    words = argv(
+        "llama",
+        CASES["independent"],
+        "--embedding-weight-decay 0.05 "
+        "--weight-decay-incr-style linear --start-weight-decay 0.02 --end-weight-decay 0.1",
+    )
+    (found,) = pool.run(over_time, words=words, field="weight_decay", at=[0, 50, 100])
+    for step, decays in zip((0.02, 0.06, 0.1), found, strict=True):
+        for name, (kind, m) in MODELS["llama"].table.items():
+            factor = {"vector": 0, "embedding": 0.5}.get(kind, m)
+            assert decays[name] == pytest.approx(step * factor, rel=1e-12), name
+
+
+def test_embedding_decay_needs_a_base_to_be_a_multiple_of(pool: Pool):
+    """Megatron keeps weight decays as multiples of one number: of 0 there is only 0."""
+    words = argv("llama", CASES["independent"], "--weight-decay 0 --embedding-weight-decay")
+    with pytest.raises(RankFailure, match=r"--embedding-weight-decay 0\.1: expected a --weight-decay above 0"):
+        pool.run(build_all, runs=[[*words, "0.1"]])
+    (((values, _),),) = pool.run(build_all, runs=[[*words, "0"]])
+    assert {value["weight_decay"] for value in values.values()} == {0.0}
 
 
 def width_dependent_factors(words: Sequence[str]) -> dict[str, float]:
