@@ -286,9 +286,9 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
     (
         SQRT,
         {"decoupled_weight_decay": False},
-        "--no-decoupled-weight-decay / --apply-wd-to-gradients given",
-        "decoupled weight decay (AdamW)",
-        "drop that flag",
+        "decoupled_weight_decay False",
+        "True (AdamW)",
+        "do not set it in the script",
     ),
     (SQRT, {"use_megatron_fsdp": True}, "--use-megatron-fsdp given", "not together", "drop one of the two"),
     (SQRT, {"use_torch_fsdp2": True}, "--use-torch-fsdp2 given", "not together", "drop one of the two"),

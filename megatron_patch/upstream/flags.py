@@ -179,10 +179,10 @@ def _check_optimizer(args: Any) -> None:
         )
     if not getattr(args, "decoupled_weight_decay", True):
         raise ConfigError(
-            "--no-decoupled-weight-decay / --apply-wd-to-gradients",
-            "given",
-            "decoupled weight decay (AdamW): with L2 the product of LR and weight decay has no meaning",
-            "drop that flag",
+            "decoupled_weight_decay",
+            False,
+            "True (AdamW): with L2 the product of LR and weight decay has no meaning",
+            "do not set it in the script",
         )
     for name, spelling, reason in (
         (

@@ -116,6 +116,14 @@ def make_plan(
             eps=config.adam_eps * factors.eps,
             factors=factors,
         )
+        shrink = hyperparameters[p.spec.name].lr * hyperparameters[p.spec.name].weight_decay
+        if shrink >= 1:
+            raise ConfigError(
+                "--weight-decay",
+                weight_decay,
+                f"a product with the LR below 1: for {p.spec.name} it is {shrink:.3g} and one step would wipe it out",
+                "lower --lr or --weight-decay",
+            )
         keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, width_dependent).items()))
     return Plan(width, rule, weight_decay, tuple(parameters), hyperparameters, keys)
 

@@ -636,6 +636,7 @@ def test_killed_and_interrupted_runs_leave_nothing_under_the_final_name(
     fork = multiprocessing.get_context("fork")
 
     def run(name: str) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins by ignoring it
         sys.exit(tool("preprocess_data", "--input", "stdlib", "--output-prefix", tmp_path / name, *common))
 
     runs = {name: fork.Process(target=run, args=(name,), daemon=True) for name in signals}

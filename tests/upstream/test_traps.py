@@ -341,6 +341,13 @@ def test_weight_decay_schedule_keeps_the_ratios(pool: Pool):
             assert decays[name] == pytest.approx(step * factor, rel=1e-12), name
 
 
+def test_a_step_that_would_decay_a_weight_away_is_refused_before_training(pool: Pool):
+    """independent keeps the product of the base, 4 * 0.3 = 1.2, for every matrix."""
+    words = f"{LLAMA_STYLE} --ffn-hidden-size 96 --width-scaling independent --base-hidden-size 16".split()
+    with pytest.raises(RankFailure, match=r"--weight-decay 0\.3: expected .* it is 1\.2"):
+        pool.run(build_all, runs=[[*words, "--lr", "4", "--weight-decay", "0.3"]])
+
+
 def test_embedding_decay_needs_a_base_to_be_a_multiple_of(pool: Pool):
     """Megatron keeps weight decays as multiples of one number: of 0 there is only 0."""
     words = argv("llama", CASES["independent"], "--weight-decay 0 --embedding-weight-decay")
