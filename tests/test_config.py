@@ -646,7 +646,7 @@ def test_any_combination_is_accepted_or_refused_in_one_line(argv: list[str], meg
 MEGATRONS = {
     "--optimizer",
     "--lr",
-    "--no-decoupled-weight-decay",
+    "decoupled_weight_decay",  # an attribute a script may set; Megatron has no flag for it
     "--use-megatron-fsdp",
     "--use-torch-fsdp2",
     "--optimizer-cpu-offload",
