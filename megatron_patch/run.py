@@ -24,7 +24,11 @@ Example: deepspeed --num_gpus 2 --no_local_rank --module megatron_patch run --co
 See all flags with: python -m megatron_patch run SCRIPT.py --help
 See what a run would do, on any machine, with: python -m megatron_patch explain --help"""
 
-DEFAULT_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launch", "pretrain_gpt.py")
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# The wheel carries the script inside the package; in a checkout, and its editable install, it lies beside it.
+_INSIDE = os.path.join(_PACKAGE, "launch", "pretrain_gpt.py")
+_BESIDE = os.path.join(os.path.dirname(_PACKAGE), "launch", "pretrain_gpt.py")
+DEFAULT_SCRIPT = _INSIDE if os.path.isfile(_INSIDE) else _BESIDE
 
 
 def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]:
