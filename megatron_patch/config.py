@@ -182,6 +182,12 @@ class MetricsConfig:
     """Where the files go: --metrics-dir, else ``transfer/`` under --save, else under --tensorboard-dir."""
     record: bool = False
     """--metrics-dir was given: write run.json and hyperparameters.json even if nothing else is asked for."""
+    reference_run: str | None = None
+    """The proxy's metrics folder, with which every measurement is compared; None = nothing is."""
+    reference_factor: float = 1.5
+    """Beyond this factor a measurement deviates from the proxy's."""
+    reference_count: int = 3
+    """After how many deviations in a row a warning comes."""
 
     @property
     def active(self) -> bool:
@@ -214,10 +220,30 @@ class MetricsConfig:
                 "an --alignment-interval or --spectral-interval at which to measure them",
                 "add one of the two or drop this flag",
             )
+        self._validate_reference()
         if self.active and self.directory is None:
             raise ConfigError(
                 "--metrics-dir", None, "a folder for alignment.jsonl", "give --metrics-dir, --save or --tensorboard-dir"
             )
+
+    def _validate_reference(self) -> None:
+        if self.reference_run is not None and self.alignment_interval == 0:
+            raise ConfigError(
+                "--reference-run",
+                self.reference_run,
+                "an --alignment-interval at which to compare with it",
+                "add --alignment-interval or drop this flag",
+            )
+        for name, value, default in (
+            ("--reference-factor", self.reference_factor, MetricsConfig.reference_factor),
+            ("--reference-count", self.reference_count, MetricsConfig.reference_count),
+        ):
+            if value != default and self.reference_run is None:
+                raise ConfigError(name, value, "a --reference-run to compare with", "add it or drop this flag")
+        if not 1 < self.reference_factor < float("inf"):
+            raise ConfigError("--reference-factor", self.reference_factor, "a number above 1", "give 1.5, for example")
+        if self.reference_count < 1:
+            raise ConfigError("--reference-count", self.reference_count, "a positive integer", "give 3, for example")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
-from megatron_patch.run import asked_for, load_yaml, megatron_arguments, split_command_line
+from megatron_patch.run import asked_for, megatron_arguments, split_command_line
+from megatron_patch.yaml_flags import load_yaml
 
 if TYPE_CHECKING:
     from megatron_patch.experiments.outlook import Outlook

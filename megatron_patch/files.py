@@ -1,18 +1,22 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Writing small files so that a reader never sees half of one, and a run that goes on when one cannot be written."""
 
+import contextlib
 import json
 import os
+import sys
 from typing import Any
 
 
 def write_json(path: str, content: Any) -> None:
     """Write `content` as indented JSON under `path`, replacing an older file in one step; makes the folder.
 
+    One process at a time may write a path. What a killed one leaves beside it, ``<path>.tmp``, the next write replaces.
+
     Raises:
         OSError: the folder cannot be made or written to.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
@@ -24,6 +28,18 @@ def write_json(path: str, content: Any) -> None:
         raise
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is not JSON, or nested beyond all reason.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: str) -> Any:
     """Return the content of a JSON file.
 
@@ -31,5 +47,36 @@ def read_json(path: str) -> Any:
         OSError: it cannot be read.
         ValueError: it is not JSON.
     """
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    with open(path, "rb") as file:
+        return parse_json(file.read())
+
+
+class WriteTrouble:
+    """Tells on stderr, once each, that a file cannot be written and that it can be again: a full disk stops no run.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.active = False
+        """Whether the last attempt failed."""
+
+    def begins(self, error: OSError, consequence: str) -> None:
+        """Note a failed attempt; the first one in a row is told."""
+        if not self.active:
+            say(f"WARNING: {self._path}: {error.strerror or error}; {consequence}")
+        self.active = True
+
+    def ends(self, outcome: str) -> None:
+        """Note a successful attempt; the first one after failures is told."""
+        if self.active:
+            say(f"> {self._path}: written again; {outcome}")
+        self.active = False
+
+
+def say(text: str) -> None:
+    """Print a line for the user on stderr, which may itself be a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -1,17 +1,17 @@
 """``python -m megatron_patch run``: install the hooks, then run an untouched Megatron script as ``__main__``."""
 
 import argparse
+import builtins
 import difflib
 import os
-import re
-import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
+from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.yaml_flags import flag_name, load_yaml
 
 if TYPE_CHECKING:
     from megatron_patch.upstream.hooks import Installation
@@ -44,7 +44,10 @@ def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]
         config = first.partition("=")[2] or (rest.pop(0) if rest and not rest[0].startswith("--") else "")
         if not config:
             raise ConfigError("--config", None, "a YAML file", "name the file after --config")
-    script = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_SCRIPT
+    separated = rest[:1] == ["--"]
+    if separated:
+        rest.pop(0)
+    script = rest.pop(0) if rest and (separated or not rest[0].startswith("-")) else DEFAULT_SCRIPT
     if not os.path.isfile(script):
         raise ConfigError(
             "SCRIPT.py", script, "an existing Python file", "check the path (flags of Megatron begin with --)"
@@ -52,67 +55,10 @@ def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]
     return config, script, rest
 
 
-_FLAG_NAME = re.compile(r"[A-Za-z][^\s=]*")
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """Return the flags in a YAML file, with dashes or underscores in the names and without a leading ``--``.
-
-    Raises:
-        ConfigError: the file cannot be read, is no YAML, or is no flat mapping with each flag once.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError("--config", path, "a readable file", f"check the path ({error.strerror})") from None
-    except Exception as error:  # not UTF-8, no YAML, or what PyYAML's constructors raise at 2001-02-30 and !!int ''
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(
-            "--config", path, f"valid YAML{line}", f"correct it: {' '.join(str(error).split())}"
-        ) from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError("--config", path, "a mapping of flag names to values", "write one `flag-name: value` a line")
-    flags: dict[str, Any] = {}
-    # The keys as they stand in the file: PyYAML keeps the last of equal ones without a word.
-    root = yaml.compose(text, yaml.SafeLoader)
-    assert isinstance(root, yaml.MappingNode)
-    written = [(str(key.value), key.start_mark.line + 1) for key, _ in root.value]
-    lines: dict[str, int] = {}
-    for key, line in written:
-        name = _flag_name(key)
-        if name in lines:
-            raise ConfigError(
-                f"{path}: {key}", f"at line {line}", f"each flag once, and line {lines[name]} has it", "delete one"
-            )
-        lines[name] = line
-    for key, value in content.items():
-        name = _flag_name(str(key))
-        if not isinstance(key, str) or not _FLAG_NAME.fullmatch(name):
-            raise ConfigError(f"{path}: {key}", value, "the name of a flag before the colon", "correct or quote it")
-        if isinstance(value, (dict, set)) or (
-            isinstance(value, list) and any(isinstance(v, (dict, set, list, tuple)) for v in value)
-        ):
-            raise ConfigError(
-                f"{path}: {key}", value, "a value or a list of values", "write the flags flat, as on a command line"
-            )
-        flags[name] = value
-    return flags
-
-
-def _flag_name(text: str) -> str:
-    """``--num_layers`` -> ``num-layers``."""
-    return text.removeprefix("--").replace("_", "-")
-
-
 def _known_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the options of a parser by `_flag_name`."""
+    """Return the options of a parser by `flag_name`."""
     # argparse has no public way to ask.
-    return {_flag_name(option): option for option in parser._option_string_actions if option.startswith("--")}
+    return {flag_name(option): option for option in parser._option_string_actions if option.startswith("--")}
 
 
 def yaml_arguments(flags: Mapping[str, Any], parser: argparse.ArgumentParser, command_line: Sequence[str]) -> list[str]:
@@ -125,13 +71,13 @@ def yaml_arguments(flags: Mapping[str, Any], parser: argparse.ArgumentParser, co
     Raises:
         ConfigError: true or false for a flag that takes a value, a value for one that takes none, or several for one.
     """
-    given = {_flag_name(word.partition("=")[0]) for word in command_line if word.startswith("--")}
+    given = {flag_name(word.partition("=")[0]) for word in command_line if word.startswith("--")}
     known = _known_flags(parser)
     arguments: list[str] = []
     for name, value in flags.items():
         option = known.get(name, f"--{name}")
         action = parser._option_string_actions.get(option)
-        alternatives = {_flag_name(o) for o in action.option_strings} if action else {name}
+        alternatives = {flag_name(o) for o in action.option_strings} if action else {name}
         if value is None or alternatives & given:
             continue
         if action and (action.nargs == 0) != isinstance(value, bool):
@@ -198,32 +144,33 @@ def megatron_arguments(
         installed: collects the hooks, now and when Megatron validates.
         prepare_parser: called with every parser that Megatron makes, before its arguments are added.
     """
-    from megatron_patch.upstream.flags import add_arguments
-    from megatron_patch.upstream.hooks import check_version, install
+    from megatron_patch.upstream.flags import refuse_yaml_cfg
+    from megatron_patch.upstream.hooks import check_version, install, refuse_other_megatron
     from megatron_patch.upstream.patch import entry_hooks, megatron_parser
 
     check_version(asked_for("allow-untested-megatron", flags, arguments))
 
     def prepare(parser: argparse.ArgumentParser) -> None:
+        refuse_other_megatron()
         explain_unknown(path or "", flags, parser)
         prepare_parser(parser)
 
     installed.append(install(entry_hooks(installed, prepare)))
     arguments = yaml_arguments(flags, megatron_parser(), arguments) + arguments
-    given = {word.partition("=")[0] for word in arguments}
-    ours = sorted(given & set(add_arguments(argparse.ArgumentParser(add_help=False))._option_string_actions))
-    if "--yaml-cfg" in given and ours:
-        raise ConfigError(
-            "--yaml-cfg",
-            f"with {ours[0]}",
-            "no flag beside it: Megatron then takes its settings from that file and forgets the command line",
-            "give the flags on the command line, or in a file after `run --config`",
+    refuse_yaml_cfg(arguments)
+    first_rank = int(os.environ.get("RANK", "0")) == 0
+    if first_rank and any(word.partition("=")[0] == "--yaml-cfg" for word in arguments):
+        print(
+            "warning: --yaml-cfg is broken in Megatron itself (0.19: it stops at settings that its reader does not "
+            "fill in, such as disable_msc_deprecated); `run --config FILE.yaml` reads flags from a file",
+            file=sys.stderr,
+            flush=True,
         )
     if "--cpu" in arguments:
         from megatron_patch.upstream.cpu_platform import cpu_arguments
 
         arguments, said = cpu_arguments(arguments)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if first_rank:
             print(*said, sep="\n", flush=True)
     return arguments
 
@@ -244,14 +191,100 @@ def _run(argv: Sequence[str]) -> None:
         return
     path, script, arguments = split_command_line(argv)
     flags = load_yaml(path) if path else {}
+    first_on_path(script)
     if asked_for("cpu", flags, arguments):
         from megatron_patch.upstream.cpu_platform import activate
 
         activate()
+    installed: list[Installation] = []
     # Only now: the CPU platform must be up before Megatron is imported.
-    arguments = megatron_arguments(path, flags, arguments, installed=[])
-    # As if the script had been run directly: its own argv, its folder first on the path, __main__ with a full path.
-    script = os.path.abspath(script)
+    arguments = megatron_arguments(path, flags, arguments, installed)
     sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
+    try:
+        run_as_main(script)
+    except SystemExit as left:  # Megatron's way out at --exit-interval
+        if not left.code:
+            leave_report()
+        raise
+    refuse_unread_flags(script, arguments, installed)
+    leave_report()
+
+
+def leave_report() -> None:
+    """Leave report.html and report.png beside what a training has measured; if that fails, say so and no more."""
+    from megatron_patch.upstream.finished import measured_folder
+
+    try:
+        folder = measured_folder()
+        if folder is not None:
+            from megatron_patch.experiments.report import report_on_run
+
+            print(f"> report: {report_on_run(folder)}", flush=True)
+    except Exception as error:
+        print(f"> no report on this run: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr, flush=True)
+
+
+def refuse_unread_flags(script: str, arguments: Sequence[str], installed: Sequence["Installation"]) -> None:
+    """To be called at the script's end.
+
+    Raises:
+        ConfigError: `arguments` ask for something, and the script never had them validated, so that nothing was done.
+    """
+    from megatron_patch.upstream.flags import add_arguments, settings_from_args
+
+    ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(arguments)
+    if settings_from_args(ours).active and len(installed) == 1:  # the hooks of the parser, and no others
+        raise ConfigError(
+            "SCRIPT.py",
+            script,
+            "a script that has its arguments checked by Megatron's parse_and_validate_args or validate_args: "
+            "this one did not, and no width-transfer flag had an effect",
+            "call one of the two in the script, or drop the flags",
+        )
+
+
+def first_on_path(script: str) -> None:
+    """Let modules be looked for beside `script` first, as ``python SCRIPT.py`` does.
+
+    To be called before Megatron is imported: a script in a checkout of Megatron-LM means the Megatron beside it.
+    """
+    if not sys.flags.safe_path:  # else python puts no folder there, neither for a script nor for a module
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
+
+
+def run_as_main(script: str) -> None:
+    """Run the file `script` in the place of this program.
+
+    It becomes ``__main__`` for the rest of the process, so that threads, pickles, spawned workers and what runs at exit
+    find its names; `runpy.run_path` would take it away again at the end. A traceback begins with the script's frame.
+    """
+    path = os.path.join(os.getcwd(), script)  # python spells it so, too: absolute and not normalised
+    main = ModuleType("__main__")
+    vars(main).update(__file__=path, __cached__=None, __annotations__={}, __builtins__=builtins)
+    main.__loader__ = SourceFileLoader("__main__", path)
+    sys.modules["__main__"] = main
+    if "__mp_main__" in sys.modules:  # multiprocessing is imported: what spawned workers call the module they came from
+        sys.modules["__mp_main__"] = main
+    code = None
+    try:
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        exec(code, vars(main))  # noqa: S102 - running it is what was asked for
+    except BaseException:
+        hide_frames_above(code)
+        raise
+
+
+def hide_frames_above(code: CodeType | None) -> None:
+    """Make an uncaught exception be shown from the frame of `code` on; without a frame, if it has none (syntax errors).
+
+    Who shows it stays with whom the script said. How the process ends is left to python as well.
+    """
+    show = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        while trace and trace.tb_frame.f_code is not code:
+            trace = trace.tb_next
+        show(kind, error.with_traceback(trace), trace)
+
+    sys.excepthook = excepthook

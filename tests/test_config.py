@@ -50,13 +50,14 @@ FLAGS = {
     "--alignment-layers",
     "--spectral-interval",
     "--metrics-dir",
+    "--no-report",
     "--override-width-scaling",
     "--cpu",
     "--reference-run",
+    "--reference-factor",
+    "--reference-count",
     "--allow-untested-megatron",
 }
-# In the table, but nothing reads it yet; take it off this list with the code that does.
-NOT_YET = {"--reference-run"}
 
 SQRT = "--width-scaling sqrt --base-hidden-size 32"
 CUSTOM = "--width-scaling custom --base-hidden-size 32"
@@ -80,7 +81,7 @@ def namespace(argv: str | list[str], **megatron: Any) -> argparse.Namespace:
 
 def test_no_new_flags() -> None:
     added = {option for action in parser()._actions for option in action.option_strings} - {"-h", "--help"}
-    assert added == FLAGS - NOT_YET
+    assert added == FLAGS
 
 
 def test_every_other_fan_in_has_a_base_flag() -> None:
@@ -342,6 +343,30 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "the same as --base-hidden-size 32",
         "give both the hidden size of the proxy",
     ),
+    ("--reference-run x", {}, "--reference-run x", "an --alignment-interval", "or drop this flag"),
+    ("--reference-factor 2", {}, "--reference-factor 2.0", "a --reference-run", "add it or drop this flag"),
+    ("--reference-count 2", {}, "--reference-count 2", "a --reference-run", "add it or drop this flag"),
+    (
+        "--alignment-interval 1 --metrics-dir y --reference-run x --reference-factor 1",
+        {},
+        "--reference-factor 1.0",
+        "a number above 1",
+        "give 1.5",
+    ),
+    (
+        "--alignment-interval 1 --metrics-dir y --reference-run x --reference-count 0",
+        {},
+        "--reference-count 0",
+        "a positive integer",
+        "give 3",
+    ),
+    (
+        "--alignment-interval 1 --metrics-dir y --reference-run ./y/",
+        {},
+        "--reference-run ./y/",
+        "the metrics folder of another run",
+        "give the proxy's folder",
+    ),
 ]
 
 
@@ -385,6 +410,10 @@ def test_every_refusal_has_a_case() -> None:
         ConfigError, match=r"^--width-scaling cubic: expected one of none, standard, .*; choose"
     ) as caught:
         WidthConfig(rule="cubic").validate()
+    met.add((str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1))
+    # Before there is a namespace.
+    with pytest.raises(ConfigError, match=r"^--yaml-cfg with --lr-width-exponent: expected no flag beside") as caught:
+        flags.refuse_yaml_cfg(["--yaml-cfg", "x", "--lr-width-exponent=1"])
     met.add((str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1))
 
     sites = {
@@ -499,7 +528,7 @@ def test_folder_of_somebody_elses_alone_writes_nothing() -> None:
     assert not flags.validate(namespace("", save="ckpt", tensorboard_dir="tb")).active
 
 
-def test_every_flag_reaches_its_setting() -> None:
+def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     """One value per flag, each different from its default, each found again where it belongs."""
     argv = (
         "--width-scaling custom --base-hidden-size 11 --base-ffn-hidden-size 12 --base-kv-projection-size 13 "
@@ -508,12 +537,15 @@ def test_every_flag_reaches_its_setting() -> None:
         "--lr-width-exponent 0.25 --wd-width-exponent 0.75 --vector-lr 0.125 --embedding-weight-decay 0.0625 "
         "--no-scale-output-layer --scale-adam-eps --init-scaling fan-in --extra-warmup exp --extra-warmup-iters 21 "
         "--extra-warmup-scope width-dependent --alignment-interval 22 --alignment-tokens 23 --alignment-layers qkv "
-        "--spectral-interval 24 --metrics-dir here --override-width-scaling --cpu"
+        "--spectral-interval 24 --metrics-dir here --override-width-scaling --cpu "
+        "--reference-run there --reference-factor 2.5 --reference-count 26"
     )
-    assert set(re.findall("--[a-z-]+", argv)) == FLAGS - NOT_YET - {
+    assert set(re.findall("--[a-z-]+", argv)) == FLAGS - {
         "--allow-untested-megatron",
         "--extra-warmup-fraction",
+        "--no-report",
     }
+    monkeypatch.setattr(flags, "read_proxy", lambda folder: None)
     settings = flags.validate(namespace(argv))
     assert settings.width == WidthConfig(
         rule="custom",
@@ -539,7 +571,7 @@ def test_every_flag_reaches_its_setting() -> None:
         override=True,
     )
     assert settings.warmup == WarmupConfig("exp", 21, None, "width-dependent")
-    assert settings.metrics == config.MetricsConfig(22, 23, "qkv", 24, "here", True)
+    assert settings.metrics == config.MetricsConfig(22, 23, "qkv", 24, "here", True, "there", 2.5, 26)
     assert settings.cpu
     fraction = flags.validate(namespace(f"{SQRT} --extra-warmup exp --extra-warmup-fraction 0.5"))
     assert fraction.warmup == WarmupConfig("exp", None, 0.5)

@@ -22,10 +22,10 @@ from megatron_patch.run import (
     DEFAULT_SCRIPT,
     USAGE,
     explain_unknown,
-    load_yaml,
     split_command_line,
     yaml_arguments,
 )
+from megatron_patch.yaml_flags import load_yaml
 from tests.pool import ROOT, Pool
 
 # --- the words after `run` -------------------------------------------------------------------------------------------
@@ -48,6 +48,14 @@ def test_config_comes_first(config: list[str], script: str) -> None:
     assert split_command_line([*config, script, "--lr", "1"]) == ("a.yaml", script, ["--lr", "1"])
     assert split_command_line([*config, "--lr", "1"]) == ("a.yaml", DEFAULT_SCRIPT, ["--lr", "1"])
     assert split_command_line(config) == ("a.yaml", DEFAULT_SCRIPT, [])
+
+
+def test_two_dashes_before_the_script(script: str, tmp_path: Path) -> None:
+    assert split_command_line(["--", script, "--", "--lr", "1"]) == (None, script, ["--", "--lr", "1"])
+    assert split_command_line(["--config", "a.yaml", "--", script]) == ("a.yaml", script, [])
+    assert split_command_line(["--"]) == (None, DEFAULT_SCRIPT, [])
+    with pytest.raises(ConfigError, match=r"^SCRIPT\.py --lr: expected an existing Python file"):
+        split_command_line(["--", "--lr", "1"])
 
 
 def test_without_a_script_the_projects_own() -> None:
@@ -456,6 +464,7 @@ def commands(argvs: Sequence[Sequence[str]], cwd: str, environment: dict[str, st
                     code = stop.code
                 except BaseException as other:
                     error = f"{type(other).__module__}.{type(other).__name__}: {other}"
+                    sys.excepthook(type(other), other, other.__traceback__)  # as python does where nobody catches it
             with os.fdopen(writer, "wb") as pipe:
                 pickle.dump(Ended(code, error, out.getvalue(), err.getvalue()), pipe)
             os._exit(0)
@@ -473,13 +482,13 @@ SHOWS_ARGUMENTS = """
         parser.add_argument("--own_flag", type=int, default=0)
         return parser
     args = parse_args(extra)
-    print("LR", args.lr, "LAYERS", args.num_layers, "OWN", args.own_flag, "RULE", args.width_scaling)
+    print("LR", args.lr, "LAYERS", args.num_layers, "OWN", args.own_flag, "TOKENS", args.alignment_tokens)
 """
 
 
 def test_yaml_and_command_line_reach_megatrons_parser(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(SHOWS_ARGUMENTS))
-    (tmp_path / "good.yaml").write_text("lr: 0.5\nnum_layers: 7\nown_flag: 3\nwidth-scaling: sqrt\n")
+    (tmp_path / "good.yaml").write_text("lr: 0.5\nnum_layers: 7\nown_flag: 3\nalignment-tokens: 9\n")
     (tmp_path / "bad.yaml").write_text("lr: 0.5\nnum-layrs: 7\n")
     (tmp_path / "off.yaml").write_text("use-distributed-optimiser: false\n")
     before = sorted(tmp_path.iterdir())
@@ -497,8 +506,8 @@ def test_yaml_and_command_line_reach_megatrons_parser(pool: Pool, tmp_path: Path
         ],
         cwd=str(tmp_path),
     )[0]
-    assert (good.out, good.code) == ("LR 0.5 LAYERS 7 OWN 3 RULE sqrt\n", 0)
-    assert (wins.out, wins.code) == ("LR 0.25 LAYERS 7 OWN 4 RULE sqrt\n", 0)
+    assert (good.out, good.code) == ("LR 0.5 LAYERS 7 OWN 3 TOKENS 9\n", 0)
+    assert (wins.out, wins.code) == ("LR 0.25 LAYERS 7 OWN 4 TOKENS 9\n", 0)
     assert (bad.code, bad.error, bad.out) == (2, "", "")
     assert bad.err == (
         "error: bad.yaml: num-layrs 7: expected a flag of Megatron or of megatron_patch; did you mean num-layers?\n"
@@ -610,39 +619,40 @@ def with_other_version(argvs: Sequence[Sequence[str]], cwd: str) -> list[Ended]:
     return commands(argvs, cwd)
 
 
-# Everything a script can see of how it was started.
+# Everything a script can see of how it was started; the folder's name has a blank.
 LOOKS_AROUND = """
+    'documented'
     import os, sys, pickle
     from helper import VALUE
     class Own: pass
-    assert __name__ == "__main__"
     assert sys.modules["__main__"].__dict__ is globals()
     assert pickle.loads(pickle.dumps(Own())).__class__ is Own
-    assert __file__ == os.path.abspath(__file__) and os.path.isfile(__file__)
-    assert sys.argv[0].endswith("look.py"), sys.argv
-    assert sys.path[0] == os.path.dirname(__file__), sys.path[0]
-    print(VALUE, sys.argv[1:], os.getcwd() == os.path.dirname(__file__))
+    print(VALUE, sys.argv, sys.path[0], os.getcwd(), type(__loader__), type(__builtins__), __annotations__)
+    print(__name__, __file__, __doc__, __package__, __spec__, __cached__, sorted(k for k in globals() if k[0] == "_"))
 """
 
 
 def test_scripts_cannot_tell_the_difference(pool: Pool, tmp_path: Path) -> None:
-    """The same script started by python itself and through `run` sees the same, from its folder and from elsewhere."""
+    """The same script started by python itself and through `run` sees the same, wherever it lies and is started."""
     place = tmp_path / "some where"
     place.mkdir()
     (place / "look.py").write_text(textwrap.dedent(LOOKS_AROUND))
     (place / "helper.py").write_text("VALUE = 'from beside the script'")
-    here, there = (
-        pool.run(commands, distributed=False, argvs=[[script, "--lr", "1", "a b", ""]], cwd=str(cwd))[0][0]
-        for cwd, script in ((place, "look.py"), (tmp_path, "some where/look.py"))
-    )
-    assert (here.error, there.error) == ("", "")
-    plain = [
-        subprocess.run(
-            [sys.executable, script, "--lr", "1", "a b", ""], cwd=cwd, capture_output=True, text=True, check=True
-        )
-        for cwd, script in ((place, "look.py"), (tmp_path, "some where/look.py"))
+    (tmp_path / "link.py").symlink_to("some where/look.py")
+    cases = [
+        (place, "look.py"),
+        (tmp_path, "some where/look.py"),
+        (place, "../some where/./look.py"),
+        (tmp_path, "link.py"),
+        (tmp_path, str(place / "look.py")),
     ]
-    assert [here.out, there.out] == [p.stdout for p in plain]
+    words = ["--lr", "1", "a b", ""]
+    for cwd, script in cases:
+        ours = pool.run(commands, distributed=False, argvs=[[script, *words]], cwd=str(cwd))[0][0]
+        plain = subprocess.run(
+            [sys.executable, script, *words], cwd=cwd, capture_output=True, text=True, check=True, env=os.environ
+        )
+        assert (ours.out, ours.error, ours.err) == (plain.stdout, "", plain.stderr)
 
 
 ENDINGS: list[tuple[str, Any, str]] = [
@@ -650,21 +660,167 @@ ENDINGS: list[tuple[str, Any, str]] = [
     ("import sys; sys.exit()", None, ""),
     ("raise SystemExit('words')", "words", ""),
     ("raise ValueError('its own')", 0, "builtins.ValueError: its own"),
-    ("1 / 0", 0, "builtins.ZeroDivisionError: division by zero"),
+    ("def f():\n    1 / 0\ndef g():\n    f()\ng()", 0, "builtins.ZeroDivisionError: division by zero"),
+    ("try:\n    1 / 0\nexcept Exception as e:\n    raise KeyError(3) from e", 0, "builtins.KeyError: 3"),
     ("raise KeyboardInterrupt", 0, "builtins.KeyboardInterrupt: "),
     ("assert False, 'no'", 0, "builtins.AssertionError: no"),
     ("def broken(:", 0, "builtins.SyntaxError: invalid syntax (script.py, line 1)"),
+    (
+        "import sys\nsys.excepthook = lambda k, e, t: print(k, e, t.tb_lineno, file=sys.stderr)\n0 / 0",
+        0,
+        "builtins.Zero",
+    ),
 ]
 
 
 def test_how_a_script_ends_is_how_the_command_ends(pool: Pool, tmp_path: Path) -> None:
+    """The same exit code, and the same traceback: nothing of `run` is in it. A script's own excepthook is honoured."""
     for number, (body, _, _) in enumerate(ENDINGS):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "script.py").write_text(body)
     argvs = [[f"{number}/script.py"] for number in range(len(ENDINGS))]
     ended = pool.run(commands, distributed=False, argvs=argvs, cwd=str(tmp_path))[0]
-    assert [(e.code, e.error) for e in ended] == [(code, error) for _, code, error in ENDINGS]
-    assert [e.err for e in ended] == [""] * len(ENDINGS)
+    for e, argv, (_, code, error) in zip(ended, argvs, ENDINGS, strict=True):
+        assert e.code == code
+        assert e.error.startswith(error)
+        if not isinstance(code, str):  # else python prints the words after all is done
+            plain = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert e.err == plain.stderr
+
+
+# What lives on after the script's last line, or in other processes.
+LIVES_ON = """
+    import atexit, multiprocessing, pickle, sys
+    class Item:
+        def __init__(self, value): self.value = value
+    def double(item): return Item(2 * item.value)
+    def bye(): print("bye", pickle.loads(pickle.dumps(Item(3))).value, sys.modules["__main__"].__file__ == __file__)
+    if __name__ == "__main__":
+        atexit.register(bye)
+        print(sys.stdin.read())
+        with multiprocessing.get_context("spawn").Pool(1) as workers:
+            print([item.value for item in workers.map(double, [Item(4), Item(5)])], flush=True)
+        sys.exit(3)
+"""
+
+
+def test_what_outlives_a_script(tmp_path: Path) -> None:
+    """Real processes: standard input, spawned workers with the script's classes, what runs at exit, the exit code."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(LIVES_ON))
+    ours, plain = (
+        subprocess.run(
+            [sys.executable, *words, "script.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            input="words from a pipe",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for words in (["-m", "megatron_patch", "run"], [])
+    )
+    assert plain.stdout == "words from a pipe\n[8, 10]\nbye 3 True\n"
+    assert (ours.stdout, ours.returncode) == (plain.stdout, 3)
+
+
+def fake_megatron(folder: Path) -> str:
+    """Make something that looks like another Megatron in `folder`."""
+    (folder / "megatron" / "core").mkdir(parents=True)
+    (folder / "megatron" / "core" / "__init__.py").write_text("__version__ = '0.7'")
+    return str(folder)
+
+
+def test_megatron_beside_the_script_is_the_one_that_is_used(tmp_path: Path) -> None:
+    """As in a checkout of Megatron-LM, started from anywhere: what python itself would import is what is hooked."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "train.py").write_text("import megatron.core; print(megatron.core.__version__)")
+    fake_megatron(tmp_path / "checkout")
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_patch", "run", "checkout/train.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: megatron-core 0.7: megatron_patch is tested with 0.19 only")
+
+
+def test_script_that_brings_another_megatron(pool: Pool, tmp_path: Path) -> None:
+    """By changing sys.path itself, too late for us: half of each would be a disaster."""
+    other = fake_megatron(tmp_path / "other")
+    (tmp_path / "late.py").write_text(f"import sys\nsys.path.insert(0, {other!r})\n{textwrap.dedent(SHOWS_ARGUMENTS)}")
+    (tmp_path / "last.py").write_text(f"import sys\nsys.path.append({other!r})\n{textwrap.dedent(SHOWS_ARGUMENTS)}")
+    late, last = pool.run(
+        commands, distributed=False, argvs=[["late.py", "--lr", "1"], ["last.py", "--lr", "1"]], cwd=str(tmp_path)
+    )[0]
+    assert (late.code, late.out, late.error) == (2, "", "")
+    assert late.err.startswith(f"error: the script has put the Megatron in {other} first on sys.path")
+    assert late.err.endswith(f"start with PYTHONPATH={other} instead\n")
+    assert (last.code, last.out.split()[:2]) == (0, ["LR", "1.0"])
+
+
+def test_flags_that_the_script_never_has_checked(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("print('done')")
+    ours, none, yaml = pool.run(
+        commands,
+        distributed=False,
+        argvs=[
+            ["own.py", "--width-scaling", "sqrt", "--base-hidden-size", "8"],
+            ["own.py", "--width-scaling", "none", "--lr", "1"],
+            ["own.py", "--yaml-cfg", "x.yaml"],
+        ],
+        cwd=str(tmp_path),
+    )[0]
+    assert (ours.code, ours.out) == (2, "done\n")
+    assert ours.err.startswith(
+        "error: SCRIPT.py own.py: expected a script that has its arguments checked by Megatron's"
+    )
+    assert (none.code, none.out, none.err) == (0, "done\n", "")
+    assert (yaml.code, yaml.out) == (0, "done\n")
+    assert yaml.err.startswith("warning: --yaml-cfg is broken in Megatron itself")
+
+
+# Its own loop out of Megatron's pieces, all imported by name before any flag is known, here and in a module beside it.
+PIECES = """
+    from megatron.core.enums import ModelType
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import get_megatron_optimizer_config
+    import pieces
+
+    def extra(parser):
+        parser.add_argument("--own-flag", type=int, default=0)
+        return parser
+
+    args = parse_and_validate_args(extra, args_defaults={"weight_decay": 0.25})
+    initialize_megatron()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, _ = pieces.setup(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)
+    again = get_megatron_optimizer(get_megatron_optimizer_config(args)[0], model)
+    for each in (optimizer, again):
+        print("GROUPS", args.own_flag, sorted((g["max_lr"], g["wd_mult"]) for g in each.param_groups))
+"""
+
+
+def test_script_built_on_megatrons_pieces(pool: Pool, tmp_path: Path) -> None:
+    from tests.training import TINY
+
+    (tmp_path / "own.py").write_text(textwrap.dedent(PIECES))
+    (tmp_path / "pieces.py").write_text("from megatron.training.training import setup_model_and_optimizer as setup")
+    base = ["own.py", "--cpu", *TINY, "--train-iters", "1", "--own-flag", "5"]
+    rule = "--width-scaling sqrt --base-hidden-size 8 --untie-embeddings-and-output-weights".split()
+    plain, scaled = pool.run(commands, distributed=False, argvs=[base, [*base, *rule]], cwd=str(tmp_path))[0]
+    assert (plain.error, scaled.error) == ("", ""), plain.err + scaled.err
+    found = [[line for line in e.out.splitlines() if line.startswith("GROUPS")] for e in (plain, scaled)]
+    # A width 4 times the base's: half the LR and twice the weight decay, but for embeddings, gains and biases.
+    assert found[0] == ["GROUPS 5 [(0.01, 0.0), (0.01, 1.0)]"] * 2
+    assert found[1] == ["GROUPS 5 [(0.005, 2.0), (0.01, 0.0), (0.01, 1.0)]"] * 2
 
 
 def test_commands_without_megatron(tmp_path: Path) -> None:

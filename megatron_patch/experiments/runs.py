@@ -5,16 +5,16 @@ is still going on can be read at any time.
 """
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.experiments.events import LOSS, Series, read_events, tensorboard_files
 from megatron_patch.files import read_json
+from megatron_patch.metrics.lines import AlignmentLine, read_lines
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,6 @@ class Hyperparameters:
     base: Mapping[str, Any]
     source: str
     parameters: tuple[Parameter, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AlignmentLine:
-    """One line of alignment.jsonl: a layer at an iteration. None where not measured."""
-
-    iteration: int
-    layer: str
-    kind: str
-    """How the layer is split: column, row or replicated; ``expert_mean`` for the mean over the experts of a layer."""
-    fan_in: int
-    fan_out: int
-    m: float
-    lr: float
-    weight_decay: float
-    tokens: int | None
-    weight_norm: float | None
-    update_norm: float | None
-    relative_update: float | None
-    weight_alignment: float | None
-    update_alignment: float | None
-    alignment_ratio: float | None
-    relative_representation_change: float | None
-    top_singular_value: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,22 +189,22 @@ def read_run(folder: str, name: str) -> Run:
     path = os.path.join(folder, "run.json")
     content = _json(path)
     try:
-        arguments = dict(content["arguments"])
+        arguments = _arguments(content["arguments"])
         evaluations = tuple(_evaluation(entry) for entry in content["evaluations"])
-        record = {
+        record: dict[str, Any] = {
             "status": str(content["status"]),
             "seconds": _seconds(content["started"], content["updated"]),
             "iteration": int(content["iteration"]),
-            "train_iterations": content["train_iterations"],
-            "final_loss": content["final_loss"],
-            "last_train_loss": (content["train_loss"] or {}).get(LOSS),
+            "train_iterations": None if content["train_iterations"] is None else int(content["train_iterations"]),
+            "final_loss": _number(content["final_loss"]),
+            "last_train_loss": _number((content["train_loss"] or {}).get(LOSS)),
             "layout": dict(content["layout"]),
             "versions": dict(content["versions"]),
             "command": tuple(content["command"]),
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(path, "not what megatron_patch writes", error) from None
-    alignment = _read_lines(os.path.join(folder, "alignment.jsonl"), AlignmentLine, notes)
+    alignment = read_lines(os.path.join(folder, "alignment.jsonl"), AlignmentLine, notes)
     if not alignment:
         notes.append("alignment was not measured; --alignment-interval switches it on")
     return Run(
@@ -238,12 +214,30 @@ def read_run(folder: str, name: str) -> Run:
         evaluations=evaluations,
         hyperparameters=_hyperparameters(os.path.join(folder, "hyperparameters.json"), notes),
         alignment=alignment,
-        equilibrium=_read_lines(os.path.join(folder, "equilibrium.jsonl"), EquilibriumLine, notes),
-        sublayers=_read_lines(os.path.join(folder, "sublayers.jsonl"), SublayerLine, notes),
+        equilibrium=read_lines(os.path.join(folder, "equilibrium.jsonl"), EquilibriumLine, notes),
+        sublayers=read_lines(os.path.join(folder, "sublayers.jsonl"), SublayerLine, notes),
         series=_curves(folder, arguments, record["status"], record["iteration"], notes),
         notes=tuple(notes),
         **record,
     )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments; what is used of them here must be of its type."""
+    arguments = dict(content)
+    for name in ("save", "tensorboard_dir", "metrics_dir"):
+        if not isinstance(arguments.get(name, ""), (str, type(None))):
+            raise ValueError(f"{name} is {arguments[name]!r}")
+    sizes = ("hidden_size", "base_hidden_size") if arguments.get("base_hidden_size") is not None else ()
+    for name in sizes:
+        if not (isinstance(arguments[name], int) and 0 < arguments[name] < 2**53):
+            raise ValueError(f"{name} is {arguments[name]!r}")
+    int(arguments.get("tensorboard_log_interval") or 1)
+    return arguments
 
 
 def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
@@ -277,57 +271,23 @@ def _hyperparameters(path: str, notes: list[str]) -> Hyperparameters | None:
     content = _json(path)
     try:
         parameters = tuple(
-            Parameter(p["name"], p["class"], tuple(p["shape"]), p["m"], p["lr"], p["weight_decay"], p["eps"])
+            Parameter(
+                str(p["name"]),
+                str(p["class"]),
+                tuple(int(n) for n in p["shape"]),
+                *(float(p[key]) for key in ("m", "lr", "weight_decay", "eps")),
+            )
             for p in content["parameters"]
         )
         return Hyperparameters(
-            content["rule"], tuple(content["exponents"]), content["base"], content["source"], parameters
+            str(content["rule"]),
+            tuple(float(x) for x in content["exponents"]),
+            dict(content["base"]),
+            str(content["source"]),
+            parameters,
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(path, "not what megatron_patch writes", error) from None
-
-
-def _read_lines[Line: (AlignmentLine, EquilibriumLine, SublayerLine)](
-    path: str, line_type: type[Line], notes: list[str]
-) -> tuple[Line, ...]:
-    """Return the lines of a JSON-lines file; an unfinished last line is left out and noted."""
-    if not os.path.exists(path):
-        return ()
-    name = os.path.basename(path)
-    lines = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, text in enumerate(file, start=1):
-                try:
-                    lines.append(_line(text, line_type))
-                except (KeyError, TypeError, ValueError) as error:
-                    if not text.endswith("\n"):
-                        notes.append(f"the last line of {name} is unfinished and was left out")
-                        break
-                    detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-                    raise ConfigError(
-                        f"{path} line {number}",
-                        f"({detail})",
-                        "a JSON object with the keys of this file",
-                        "delete the line, or restore the file",
-                    ) from None
-    except OSError as error:
-        raise ConfigError(path, "", "a readable file", f"check its permissions ({error.strerror})") from None
-    return tuple(lines)
-
-
-def _line[Line: (AlignmentLine, EquilibriumLine, SublayerLine)](text: str, line_type: type[Line]) -> Line:
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError("not an object")
-    values = {}
-    for field in fields(line_type):
-        value = content[field.name]
-        wanted: Any = field.type
-        if not isinstance(value, wanted) and not (isinstance(value, int) and isinstance(0.0, wanted)):
-            raise ValueError(f"{field.name} is {value!r}")
-        values[field.name] = value
-    return line_type(**values)
 
 
 def _curves(

@@ -52,6 +52,7 @@ _CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
     ("end_weight_decay", None),
     ("adam_eps", None),
 )
+_MEGATRONS_FLAGS = ("--lr", "--min-lr", "--start-weight-decay", "--end-weight-decay", "--adam-eps", "--use-mup")
 
 
 def child_optimizers(optimizer: Any) -> list[Any]:
@@ -204,26 +205,64 @@ def agree_on_errors(error: Exception | None) -> None:
         raise error
 
 
-def refuse_other_checkpoint(saved: Any, args: Any, in_groups: bool = False) -> None:
-    """Compare the checkpoint's arguments with this run's before anything of it is loaded.
+def check_checkpoint(saved: Any, args: Any, plan: Plan, weights_only: bool, in_groups: bool = False) -> str | None:
+    """Compare the checkpoint's arguments with this run's before anything of it is loaded; a collective call.
 
     Args:
         saved: the namespace stored in the checkpoint; flags it lacks had their defaults.
         args: this run's.
+        plan: this run's.
+        weights_only: the optimizer starts anew, as with --finetune and --no-load-optim.
         in_groups: the checkpoint keeps the optimizer state by place in the param groups, as --ckpt-format torch does,
             and not by parameter.
+
+    Returns:
+        What a user should know of a checkpoint from before this package; None for others.
 
     Raises:
         ConfigError: a diff of both, unless --override-width-scaling; or that flag where it cannot be honoured.
     """
-    differences = []
-    for key, default in _CHECKPOINT_KEYS:
-        before, now = getattr(saved, key, default), getattr(args, key, default)
-        if before != now:
-            differences.append(f"--{key.replace('_', '-')}: {before} -> {now}")
-    if not differences:
-        return
-    changes = f"(checkpoint -> this run: {'; '.join(differences)})"
+    before_us = not hasattr(saved, "width_scaling")
+    differences = [
+        f"--{key.replace('_', '-')}: {then} -> {now}"
+        for key, then, now in (
+            (key, getattr(saved, key, default), getattr(args, key, default)) for key, default in _CHECKPOINT_KEYS
+        )
+        if then != now
+    ]
+    changed = [d for d in differences if not before_us or d.partition(":")[0] in _MEGATRONS_FLAGS]
+    if weights_only:
+        consequence = "only its weights are used, and the optimizer starts anew"
+    elif not differences:
+        consequence = "it was trained with the same hyperparameters"
+    elif before_us and not changed and changes_nothing(plan, args):
+        consequence = "at this width the rule gives every parameter what it was trained with"
+    else:
+        _refuse_or_override(args, f"(checkpoint -> this run: {'; '.join(differences)})", in_groups)
+        consequence = f"its optimizer goes on with other hyperparameters ({'; '.join(differences)})"
+    if not before_us:
+        return None
+    return (
+        f"> --load {args.load}: a checkpoint from before megatron_patch; {consequence}; predicted weight norms and an "
+        "extra warmup begin here"
+    )
+
+
+def changes_nothing(plan: Plan, args: Any) -> bool:
+    """Return whether every LR and weight decay of the whole model is Megatron's own; a collective call.
+
+    An extra warmup has the factor 1 at the width of the base model.
+    """
+    warmed = args.extra_warmup != "none" and args.base_hidden_size != args.hidden_size
+    ours = not warmed and not any(plan.override_keys.values())
+    everyone: list[Any] = [ours]
+    if torch.distributed.is_initialized():
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, ours)
+    return all(everyone)
+
+
+def _refuse_or_override(args: Any, changes: str, in_groups: bool) -> None:
     if not args.override_width_scaling:
         raise ConfigError(
             "--load",

@@ -28,6 +28,7 @@ __all__ = [
     "CpuPlatform",
     "activate",
     "cpu_arguments",
+    "is_active",
     "prepare_environment",
 ]
 
@@ -178,6 +179,11 @@ def activate() -> "CpuPlatform":
         )
     _live = CpuPlatform(TORCH_STAND_INS, MEGATRON_STAND_INS)
     return _live
+
+
+def is_active() -> bool:
+    """Return whether the stand-ins are in place in this process."""
+    return _live is not None
 
 
 class CpuPlatform:

@@ -1,8 +1,11 @@
 """The argument group "width transfer" in Megatron's own parser, and its way into a `Settings` object."""
 
 import argparse
+import functools
 import os
 import re
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_patch.config import (
@@ -18,6 +21,7 @@ from megatron_patch.config import (
     flag,
 )
 from megatron_patch.errors import ConfigError
+from megatron_patch.metrics.reference import read_proxy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -61,6 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--alignment-layers", default=".*", help="regular expression: only layers whose name matches are measured")
     add("--spectral-interval", type=int, default=0, help="measure top singular values every N iterations; 0 = off")
     add("--metrics-dir", help="folder for our files; default: transfer/ under --save, else under --tensorboard-dir")
+    add("--reference-run", help="the proxy's metrics folder: warn where this run's updates are not the proxy's")
+    add(
+        "--reference-factor",
+        type=float,
+        default=MetricsConfig.reference_factor,
+        help="with --reference-run: how far updates may be from the proxy's, as a factor",
+    )
+    add(
+        "--reference-count",
+        type=int,
+        default=MetricsConfig.reference_count,
+        help="with --reference-run: warn after this many measurements in a row beyond the factor",
+    )
+    add(
+        "--no-report",
+        action="store_true",
+        help="leave out the report (report.html, report.png) that a run with metrics ends with",
+    )
     add(
         "--override-width-scaling",
         action="store_true",
@@ -73,6 +95,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="try a Megatron version that this package was not tested with",
     )
     return parser
+
+
+def refuse_yaml_cfg(words: Sequence[str]) -> None:
+    """Raise ConfigError if a command line has one of our flags beside --yaml-cfg, which makes Megatron forget it."""
+    given = {word.partition("=")[0] for word in words}
+    ours = sorted(given & set(add_arguments(argparse.ArgumentParser(add_help=False))._option_string_actions))
+    if "--yaml-cfg" in given and ours:
+        raise ConfigError(
+            "--yaml-cfg",
+            f"with {ours[0]}",
+            "no flag beside it: Megatron then takes its settings from that file and forgets the command line",
+            "give the flags on the command line, or in a file after `run --config`",
+        )
 
 
 def mend_help(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +164,70 @@ def settings_from_args(args: Any) -> Settings:
         spectral_interval=get("spectral_interval", 0),
         directory=metrics_directory(args),
         record=bool(get("metrics_dir")),
+        reference_run=get("reference_run"),
+        reference_factor=get("reference_factor", MetricsConfig.reference_factor),
+        reference_count=get("reference_count", MetricsConfig.reference_count),
     )
     return Settings(width, warmup, metrics, cpu=get("cpu", False))
+
+
+# What --use-checkpoint-args brings back: what decides LR, weight decay, eps and initial weights, not what is measured.
+# The second are meant for one value of the first and are left alone where the command line gives it another one.
+_RESTORED: dict[str, tuple[str, ...]] = {
+    "width_scaling": (
+        "base_hidden_size",
+        *(f"base_{name}" for name in BASE_DIMENSIONS),
+        "lr_width_exponent",
+        "wd_width_exponent",
+        "no_scale_output_layer",
+        "scale_adam_eps",
+    ),
+    "vector_lr": (),
+    "embedding_weight_decay": (),
+    "init_scaling": (),
+    "extra_warmup": ("extra_warmup_iters", "extra_warmup_fraction", "extra_warmup_scope"),
+}
+_EITHER = {"extra_warmup_iters": "extra_warmup_fraction", "extra_warmup_fraction": "extra_warmup_iters"}
+
+
+def restore_from_checkpoint(args: Any, saved: Any, command_line: Sequence[str]) -> list[str]:
+    """Give our flags the values of a checkpoint, but for those that the command line gives itself.
+
+    Args:
+        args: Megatron's namespace, not yet validated; changed.
+        saved: the checkpoint's.
+        command_line: what `args` was parsed from.
+
+    Returns:
+        The flags that were changed, with their values, e.g. ``["--width-scaling sqrt"]``.
+    """
+    given = {word.partition("=")[0] for word in command_line}
+    changed = []
+    for leader, followers in _RESTORED.items():
+        other = flag(leader) in given and getattr(args, leader) != getattr(saved, leader, None)
+        for name in (leader,) if other else (leader, *followers):
+            spoken_for = {flag(name), flag(_EITHER.get(name, name))} & given
+            value = getattr(saved, name, getattr(args, name))
+            if not spoken_for and value != getattr(args, name):
+                setattr(args, name, value)
+                changed.append(flag(name) if value is True else f"{flag(name)} {value}")
+    return changed
+
+
+def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's `load_args_from_checkpoint`, which --use-checkpoint-args calls, bringing back our flags too."""
+
+    @functools.wraps(original)
+    def load_args_from_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if isinstance(result, tuple):  # else there was no checkpoint, or none with arguments
+            ours, saved = result
+            changed = restore_from_checkpoint(ours, saved, sys.argv[1:])
+            if changed and ours.rank == 0:
+                print(f"> --use-checkpoint-args: {' '.join(changed)} from the checkpoint", flush=True)
+        return result
+
+    return load_args_from_checkpoint
 
 
 def metrics_directory(args: Any) -> str | None:
@@ -155,6 +252,8 @@ def validate(args: Any) -> Settings:
         raise ConfigError(
             "--alignment-layers", settings.metrics.alignment_layers, "a regular expression", f"correct it: {error}"
         ) from None
+    if settings.metrics.reference_run is not None:
+        _check_reference(settings.metrics)
     if settings.active:
         _check_optimizer(args)
         _check_learning_rates(args, settings.width)
@@ -165,6 +264,18 @@ def validate(args: Any) -> Settings:
         # Megatron's scheduler compares its own peak LR and weight decay with the checkpoint's and would refuse.
         args.override_opt_param_scheduler = True
     return settings
+
+
+def _check_reference(metrics: MetricsConfig) -> None:
+    assert metrics.reference_run is not None
+    if metrics.directory and os.path.realpath(metrics.reference_run) == os.path.realpath(metrics.directory):
+        raise ConfigError(
+            "--reference-run",
+            metrics.reference_run,
+            "the metrics folder of another run, and this run's own files go there",
+            "give the proxy's folder, or another --metrics-dir",
+        )
+    read_proxy(metrics.reference_run)
 
 
 def _check_optimizer(args: Any) -> None:

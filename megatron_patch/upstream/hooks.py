@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from typing import Any
 from megatron_patch.errors import UpstreamChanged
 
 SUPPORTED_MEGATRON = ("0.19",)
-"""Release series this package is tested with."""
+"""Release series of Megatron that `run` and `explain` are tested with."""
+
+SUPPORTED_CORE = ("0.17", "0.18", "0.19")
+"""Release series of megatron.core whose param groups, scheduler and audit are tested, without its trainer."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,19 @@ class _Assigned:
 class Installation:
     """The hooks of one `install`; `remove` restores every original. Also a context manager."""
 
-    def __init__(self, assigned: list[_Assigned]) -> None:
+    def __init__(self, assigned: list[_Assigned], copies: list[_Assigned]) -> None:
         self._assigned = assigned
+        self._copies = copies
+
+    def check(self) -> None:
+        """Make sure that `remove` can restore the originals.
+
+        Raises:
+            UpstreamChanged: somebody replaced one of our replacements in the meantime.
+        """
+        for a in self._assigned:
+            if getattr(a.module, a.attribute) is not a.replacement:
+                raise UpstreamChanged(f"{a.hook.target} was replaced again after megatron_patch; undo that first")
 
     def remove(self) -> None:
         """Restore the originals in reverse order.
@@ -50,12 +65,13 @@ class Installation:
         Raises:
             UpstreamChanged: somebody replaced one of our replacements in the meantime; nothing is restored then.
         """
-        for a in self._assigned:
-            if getattr(a.module, a.attribute) is not a.replacement:
-                raise UpstreamChanged(f"{a.hook.target} was replaced again after megatron_patch; undo that first")
+        self.check()
         for a in reversed(self._assigned):
             setattr(a.module, a.attribute, a.original)
-        self._assigned = []
+        for a in self._copies:
+            if vars(a.module).get(a.attribute) is a.replacement:  # else their owner has made something else of the name
+                setattr(a.module, a.attribute, a.original)
+        self._assigned, self._copies = [], []
 
     def __enter__(self) -> "Installation":
         return self
@@ -87,12 +103,37 @@ def check_version(allow_untested: bool = False) -> str:
     return version
 
 
+def refuse_other_megatron() -> None:
+    """To be called when a script asks for Megatron's parser.
+
+    Raises:
+        UpstreamChanged: the script has put another Megatron in front of the hooked one, and would get parts of both.
+    """
+    in_use = sys.modules["megatron.core"]
+    # Of a namespace package, which `megatron` is, this follows sys.path.
+    folders = sys.modules["megatron"].__path__
+    specs = (finder.find_spec("megatron.core", folders) for finder in sys.meta_path)
+    first = next((spec.origin for spec in specs if spec and spec.origin), None)
+    if first and in_use.__file__ and not os.path.samefile(first, in_use.__file__):
+        raise UpstreamChanged(
+            f"the script has put the Megatron in {_folder(first)} first on sys.path, after that in "
+            f"{_folder(in_use.__file__)} was imported; start with PYTHONPATH={_folder(first)} instead"
+        )
+
+
+def _folder(path: str) -> str:
+    """/a/megatron/core/__init__.py -> /a"""
+    return os.path.dirname(os.path.dirname(os.path.dirname(path)))
+
+
 def install(hooks: Sequence[Hook]) -> Installation:
     """Check all hooks, then assign all.
 
+    Where the user's script, or a module of theirs, has imported a target by name, that name is assigned as well.
+
     Raises:
         UpstreamChanged: a target is missing, is hooked already, lacks a parameter we rely on, or is bound in another
-            module where the assignment would not reach. Nothing is assigned then.
+            module of Megatron's where the assignment would not reach. Nothing is assigned then.
     """
     checked = [_check(hook) for hook in hooks]
     targets = [hook.target for hook in hooks]
@@ -103,9 +144,22 @@ def install(hooks: Sequence[Hook]) -> Installation:
         replacement = hook.wrap(original)
         replacement._megatron_patch = hook.target
         assigned.append(_Assigned(hook, module, attribute, original, replacement))
-    for a in assigned:
+    copies = _copies(assigned)
+    for a in [*assigned, *copies]:
         setattr(a.module, a.attribute, a.replacement)
-    return Installation(assigned)
+    return Installation(assigned, copies)
+
+
+def _copies(assigned: Sequence[_Assigned]) -> list[_Assigned]:
+    """Return what to assign in modules of neither Megatron's nor ours that hold an original under any name."""
+    by_original = {id(a.original): a for a in assigned}
+    return [
+        _Assigned(by_original[id(value)].hook, module, name, value, by_original[id(value)].replacement)
+        for path, module in list(sys.modules.items())
+        if path.partition(".")[0] not in ("megatron", __name__.partition(".")[0])
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if id(value) in by_original
+    ]
 
 
 def _check(hook: Hook) -> tuple[ModuleType, str, Any]:
@@ -129,7 +183,7 @@ def _check(hook: Hook) -> tuple[ModuleType, str, Any]:
     elsewhere = [
         name
         for name, other in list(sys.modules.items())
-        if (name.startswith("megatron.") or name == "__main__")
+        if name.startswith("megatron.")
         and name not in allowed
         and any(value is original for value in list(getattr(other, "__dict__", {}).values()))
     ]

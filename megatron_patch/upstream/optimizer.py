@@ -11,7 +11,7 @@ import torch
 from megatron_patch.config import WidthConfig
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.theory.width import RULES, Multipliers, Rule, multipliers
-from megatron_patch.upstream.parameters import NamedParameter
+from megatron_patch.upstream.parameters import NamedParameter, is_convolution
 
 # The layers that Megatron initialises with a smaller std the deeper the model is.
 _WRITES_RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2|out_proj|fc2_latent_proj)\.")
@@ -213,7 +213,7 @@ def initialise_by_fan_in(parameters: Sequence[NamedParameter], config: Any) -> N
     std_into_residual = std / math.sqrt(depth * config.num_layers)
     embedding_std = getattr(config, "embedding_init_method_std", None) or std
     for p in parameters:
-        if p.spec.role == "vector" or ".conv1d." in p.spec.name:
+        if p.spec.role == "vector" or is_convolution(p.spec.name):
             continue
         weight = p.parameter.data
         rms = weight.float().square().mean().sqrt().item()

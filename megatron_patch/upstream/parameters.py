@@ -155,6 +155,17 @@ def role_of(name: str, parameter: torch.nn.Parameter) -> Role:
     return "matrix"
 
 
+def is_convolution(name: str) -> bool:
+    """Return whether a weight is that of a Mamba or linear-attention layer's convolution over time.
+
+    Up to 0.18 Megatron's mixer holds a module, from 0.19 the parameters themselves.
+
+    >>> is_convolution("decoder.layers.0.mixer.conv1d_weight"), is_convolution("decoder.layers.0.mixer.conv1d.weight")
+    (True, True)
+    """
+    return ".conv1d." in name or name.endswith(".conv1d_weight")
+
+
 def describe(
     model: Sequence[torch.nn.Module], config: Any, width: WidthConfig, groups: Any
 ) -> Iterator[NamedParameter]:
@@ -208,7 +219,7 @@ def _spec(
         return ParamSpec(name, shape, role, 1, 1.0), False
     if role == "embedding":
         return ParamSpec(name, shape, role, shape[-1], bases["hidden_size"], "hidden_size"), False
-    if ".conv1d." in name:
+    if is_convolution(name):
         # A depthwise convolution over time reads as many inputs at every width: [channels, 1, kernel].
         return ParamSpec(name, shape, role, shape[-1], float(shape[-1])), False
     dimension = next((d for pattern, d in _FAN_IN_DIMENSIONS if re.search(pattern, f".{name}")), None)

@@ -20,8 +20,9 @@ from megatron_patch.upstream.audit import (
     audit_build,
     audit_groups,
     audit_schedule,
-    refuse_other_checkpoint,
+    check_checkpoint,
 )
+from megatron_patch.upstream.ending import status_of
 from megatron_patch.upstream.hooks import Hook, Installation, argument, install
 from megatron_patch.upstream.optimizer import Plan, config_overrides, initialise_by_fan_in, make_plan
 from megatron_patch.upstream.parameters import describe
@@ -31,6 +32,7 @@ from megatron_patch.upstream.record import (
     hyperparameter_table,
     live_values,
     parameter_classes,
+    writing,
 )
 from megatron_patch.upstream.step import AlignmentMonitor, check_supported, watch
 from megatron_patch.upstream.wheel import skip_compile_helpers
@@ -51,7 +53,7 @@ def entry_hooks(
 ) -> tuple[Hook, ...]:
     """Return the hooks that are always installed; those that the flags ask for are added to `installed` later.
 
-    They are the parser, the validation, and the build of the dataset helpers, which in the wheel has no Makefile.
+    They are the parser, the validation, the arguments in a checkpoint, and the build of the dataset helpers.
 
     Args:
         installed: collects what is installed once the flags are known.
@@ -90,6 +92,12 @@ def entry_hooks(
             (),
             skip_compile_helpers,
             "train from the wheel, which has the helpers compiled and no Makefile",
+        ),
+        Hook(
+            "megatron.training.checkpointing:load_args_from_checkpoint",
+            (),
+            flags.wrap_load_args,
+            "bring back our flags with --use-checkpoint-args",
         ),
     )
 
@@ -149,6 +157,7 @@ class _Run:
         self.classes: tuple[ParameterClass, ...] = ()
         self.record: RunRecord | None = None
         self.eval_losses: list[dict[str, float]] = []
+        self.told: set[str | None] = {None}
 
     def wrap_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -226,13 +235,18 @@ class _Run:
 
         @functools.wraps(original)
         def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            from megatron.training import get_args
+            from megatron.training import get_args, print_rank_0
             from megatron.training.checkpointing import CheckpointType
 
             state_dict, _, release, kind = result = original(*args, **kwargs)
             ours = get_args()
-            if state_dict and "args" in state_dict and not (release or ours.finetune or ours.no_load_optim):
-                refuse_other_checkpoint(state_dict["args"], ours, in_groups=kind == CheckpointType.LEGACY)
+            if state_dict and "args" in state_dict and self.plan is not None:
+                weights_only = bool(release or ours.finetune or ours.no_load_optim)
+                legacy = kind == CheckpointType.LEGACY
+                note = check_checkpoint(state_dict["args"], ours, self.plan, weights_only, in_groups=legacy)
+                if note not in self.told:  # Megatron reads more than once
+                    print_rank_0(note)
+                    self.told.add(note)
             return result
 
         return _load_base_checkpoint
@@ -248,7 +262,6 @@ class _Run:
         return setup_model_and_optimizer
 
     def _after_setup(self, model: Any, optimizer: Any, scheduler: Any) -> None:
-        from megatron.core import parallel_state
         from megatron.training import get_args, print_rank_0
 
         args, plan = get_args(), self.plan
@@ -268,8 +281,23 @@ class _Run:
                 "> no --metrics-dir, --save or --tensorboard-dir: hyperparameters.json and run.json not written"
             )
             return
+        self._collectively(lambda: self._begin_files(directory, table, args))
+        if self.settings.metrics.active:
+            monitor = self._collectively(
+                lambda: writing(
+                    directory,
+                    lambda: AlignmentMonitor(self.settings.metrics, model, plan.parameters, optimizer, args),
+                )
+            )
+            scheduler.carry(monitor.forecast)
+            watch(monitor, optimizer)
+
+    def _begin_files(self, directory: str, table: dict[str, Any], args: Any) -> None:
+        from megatron.core import parallel_state
+
         if args.rank == 0:
-            write_json(f"{directory}/hyperparameters.json", {"iteration": args.iteration, **table})
+            content = {"iteration": args.iteration, **table}
+            writing(directory, lambda: write_json(f"{directory}/hyperparameters.json", content))
         if args.rank == args.world_size - 1:
             layout = {
                 "world": args.world_size,
@@ -279,11 +307,7 @@ class _Run:
                 "expert": args.expert_model_parallel_size,
                 "data": parallel_state.get_data_parallel_world_size(),
             }
-            self.record = RunRecord(directory, args, layout, args.iteration)
-        if self.settings.metrics.active:
-            monitor = AlignmentMonitor(self.settings.metrics, model, plan.parameters, optimizer, args)
-            scheduler.carry(monitor.forecast)
-            watch(monitor, optimizer)
+            self.record = writing(directory, lambda: RunRecord(directory, args, layout, args.iteration))
 
     def wrap_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -352,8 +376,8 @@ class _Run:
             try:
                 result = original(*args, **kwargs)
             except BaseException as error:
-                if self.record:  # Megatron leaves by way of SystemExit at --exit-interval and the like
-                    self.record.ended("stopped" if isinstance(error, SystemExit) and not error.code else "failed")
+                if self.record:
+                    self.record.ended(status_of(error, self.record.content["train_loss"]))
                 raise
             if self.record:
                 self.record.ended("finished")

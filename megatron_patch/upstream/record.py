@@ -5,15 +5,15 @@ import importlib.metadata
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import megatron_patch
-from megatron_patch.errors import AuditError
-from megatron_patch.files import read_json, write_json
+from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.files import WriteTrouble, read_json, say, write_json
 from megatron_patch.upstream.audit import live_groups
 from megatron_patch.upstream.optimizer import Hyperparameters, Plan
 
@@ -158,10 +158,14 @@ class RunRecord:
         args: Megatron's arguments.
         layout: sizes of the parallel groups, e.g. ``{"tensor": 2}``.
         iteration: iterations completed before this start; evaluations of an earlier start up to here are kept.
+
+    Raises:
+        OSError: the file cannot be written at the start. Later that is a warning, and the next update writes it all.
     """
 
     def __init__(self, directory: str, args: Any, layout: Mapping[str, int], iteration: int) -> None:
         self.path = os.path.join(directory, "run.json")
+        self._trouble = WriteTrouble(self.path)
         self.content: dict[str, Any] = {
             "status": "running",
             "started": _now(),
@@ -183,10 +187,10 @@ class RunRecord:
         if iteration == 0 or not os.path.exists(self.path):
             return []
         try:
-            earlier = read_json(self.path)["evaluations"]
-        except (ValueError, KeyError):
+            return [e for e in read_json(self.path)["evaluations"] if e["iteration"] <= iteration and e["set"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            say(f"WARNING: {self.path}: damaged; the evaluations before iteration {iteration} are lost")
             return []
-        return [e for e in earlier if e["iteration"] <= iteration]
 
     def trained(self, iteration: int, losses: Mapping[str, Any]) -> None:
         """Note the training losses of an iteration; in memory only."""
@@ -195,17 +199,21 @@ class RunRecord:
             self.content["train_loss"] = {name: float(value) for name, value in losses.items()}
 
     def evaluated(self, iteration: int, on: str, losses: Mapping[str, float]) -> None:
-        """Add one evaluation, e.g. ``on="validation"``, and write."""
+        """Add one evaluation, e.g. ``on="validation"``, and write if the disk lets us."""
         entries = self.content["evaluations"]
         entries[:] = [e for e in entries if (e["iteration"], e["set"]) != (iteration, on)]
         entries.append({"iteration": iteration, "set": on, **losses})
         self._summarise()
-        self.write()
+        self._update()
 
     def ended(self, status: str) -> None:
-        """Note how training ended, ``finished``, ``stopped`` (at --exit-interval, say) or ``failed``, and write."""
+        """Note how training ended, and write if the disk lets us.
+
+        Args:
+            status: ``finished``, ``stopped`` (at --exit-interval, say), ``diverged`` or ``failed``.
+        """
         self.content["status"] = status
-        self.write()
+        self._update()
 
     def _summarise(self) -> None:
         losses = [e["lm loss"] for e in self.content["evaluations"] if e["set"] == "validation" and "lm loss" in e]
@@ -213,10 +221,39 @@ class RunRecord:
             self.content["final_loss"] = losses[-1]
             self.content["best_loss"] = min(losses)
 
+    def _update(self) -> None:
+        try:
+            self.write()
+        except OSError as error:
+            self._trouble.begins(error, "training goes on, and the next update writes all of it")
+        else:
+            self._trouble.ends("nothing is missing")
+
     def write(self) -> None:
-        """Write the file."""
+        """Write the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self.content["updated"] = _now()
         write_json(self.path, self.content)
+
+
+def writing[Result](directory: str, step: Callable[[], Result]) -> Result:
+    """Return what `step`, which begins files in the metrics folder, returns.
+
+    Raises:
+        ConfigError: the folder cannot be written to. At the start of a run that is a mistake, not bad luck.
+    """
+    try:
+        return step()
+    except OSError as error:
+        raise ConfigError(
+            "--metrics-dir",
+            directory,
+            f"a folder for the metrics that can be written to ({error.strerror or error})",
+            "make room, correct its permissions, or give another folder",
+        ) from None
 
 
 def _now() -> str:

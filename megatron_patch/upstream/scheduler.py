@@ -128,7 +128,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         own = state_dict.get(_STATE_KEY, {})
         saved = own.get("warmup")
         self._loaded_forecast = own.get("forecast")
-        if self.warmup.kind != "none" and not self.warmup.accept_other_checkpoints:
+        if self.warmup.kind != "none" and self.warmup.m != 1 and not self.warmup.accept_other_checkpoints:
             if saved is None:
                 raise ConfigError(
                     "--extra-warmup",

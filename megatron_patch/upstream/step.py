@@ -1,5 +1,6 @@
 """The metrics in Megatron's training step: when to measure, and where the results go."""
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,10 @@ import torch.distributed as dist
 from megatron_patch.config import MetricsConfig
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.forecast import NormForecast
+from megatron_patch.metrics.lines import read_lines
 from megatron_patch.metrics.meter import Meter
 from megatron_patch.metrics.probes import Sample
+from megatron_patch.metrics.reference import FILE, CheckLine, TransferCheck, collapsed, read_proxy, rules_of
 from megatron_patch.metrics.registry import Registry, Sublayer
 from megatron_patch.metrics.sinks import JsonLines, log_scalars, scalars
 from megatron_patch.metrics.table import (
@@ -165,6 +168,7 @@ class AlignmentMonitor:
         device = next(parameter for chunk in model for parameter in chunk.parameters()).device
         self._meter = Meter(found.views, found.points, sublayers, self._registry, world, device)
         self.forecast = NormForecast(self._param_groups(found.param_groups), self._weight_rms())
+        self._transfer: tuple[TransferCheck, JsonLines] | None = None
         self._is_writer = args.rank == args.world_size - 1
         self._files: tuple[JsonLines, JsonLines, JsonLines] | None = None
         if self._is_writer and settings.directory is not None:
@@ -173,6 +177,8 @@ class AlignmentMonitor:
                 for name in ("alignment", "equilibrium", "sublayers")
             )
             self._files = alignment, equilibrium, gains
+            if settings.reference_run is not None:
+                self._transfer = self._transfer_check(settings.reference_run, settings.directory)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -247,6 +253,45 @@ class AlignmentMonitor:
             **{f"sublayer_gain/{line['layer']}": line["gain"] for line in gains if line["gain"] is not None},
         }
         log_scalars(values, self._iteration, get_tensorboard_writer(), get_wandb_writer())
+
+        if self._transfer is not None and self._alignment:
+            check, file = self._transfer
+            compared = check.compare(lines)
+            file.write(compared)
+            if warning := check.warning(compared):
+                print(warning, flush=True)
+
+    def _transfer_check(self, folder: str, directory: str) -> tuple[TransferCheck, JsonLines]:
+        """Return the comparison with the proxy whose metrics folder is `folder`, and the file for it in `directory`.
+
+        Raises:
+            ConfigError: the folder cannot be read, or holds no layer of this model.
+            OSError: the file cannot be written.
+        """
+        settings, args = self._settings, self._args
+        proxy, path = read_proxy(folder), os.path.join(directory, FILE)
+        file = JsonLines(path, args.iteration)
+        check = TransferCheck(
+            proxy,
+            rules_of(vars(args)),
+            args.train_iters,
+            settings.reference_factor,
+            settings.reference_count,
+            earlier=read_lines(path, CheckLine, []),
+        )
+        missing = check.unmatched(self.layers)
+        if len(missing) == len(self.layers):
+            raise ConfigError(
+                "--reference-run",
+                folder,
+                f"a run in which a layer of this model was measured, {self.layers[0]} for one",
+                "give the run of a proxy of the same architecture",
+            )
+        compared = f"{len(self.layers) - len(missing)} layers with {folder}, factor {settings.reference_factor:g}"
+        print(f"> transfer check: {compared}, {settings.reference_count} times in a row", flush=True)
+        if missing:
+            print(f"> transfer check: no counterpart for {', '.join(collapsed(missing))}", flush=True)
+        return check, file
 
     def _current_sample(self) -> Sample:
         assert self._sample is not None, "a hook is attached outside a measured iteration"

@@ -16,6 +16,7 @@ ENTRY = {
     "megatron.training.arguments:add_megatron_arguments",
     "megatron.training.arguments:validate_args",
     "megatron.core.datasets.utils:compile_helpers",
+    "megatron.training.checkpointing:load_args_from_checkpoint",
 }
 LAYOUTS = {
     "tensor parallel": ["--tensor-model-parallel-size", "2"],

@@ -170,11 +170,33 @@ def test_the_same_target_twice_in_one_list(stubs: tuple[ModuleType, ModuleType])
     assert everything(stubs) == before
 
 
-def test_bound_in_the_script_itself(stubs: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script that imported the function by name before the hook came would go on calling the original."""
-    monkeypatch.setattr(sys.modules["__main__"], "step", stubs[0].step, raising=False)
-    with pytest.raises(UpstreamChanged, match="is also bound in __main__, where our hook would not reach"):
-        install(ALL)
+def test_names_that_the_users_code_has_imported(
+    stubs: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``from megatron... import step`` at the head of a script, or of a module beside it, gets the hook as well."""
+    first, _ = stubs
+    original, mine = first.step, ModuleType("mine")
+    mine.take_step = original  # type: ignore[attr-defined]
+    mine.kept = mine.changed = original  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    monkeypatch.setattr(sys.modules["__main__"], "step", original, raising=False)
+    installation = install(ALL)
+    assert mine.take_step(1) == sys.modules["__main__"].step(1) == ("wrapped", ("stepped", 1))
+    mine.changed = 5
+    installation.remove()
+    assert mine.take_step is mine.kept is sys.modules["__main__"].step is original
+    assert mine.changed == 5
+
+
+def test_our_own_modules_keep_what_they_imported(
+    stubs: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrapper may build on the original by its name."""
+    from megatron_patch.upstream import hooks
+
+    monkeypatch.setattr(hooks, "step", stubs[0].step, raising=False)
+    with install(ALL):
+        assert hooks.step(1) == ("stepped", 1)  # type: ignore[attr-defined]
 
 
 def test_bindings_that_are_allowed(stubs: tuple[ModuleType, ModuleType]) -> None:
@@ -302,6 +324,7 @@ READ = {
     "megatron.training.arguments:add_megatron_arguments": {"parser"},
     "megatron.training.arguments:validate_args": {"args"},
     "megatron.core.datasets.utils:compile_helpers": set(),
+    "megatron.training.checkpointing:load_args_from_checkpoint": set(),
     "megatron.training.training:get_megatron_optimizer": {"config", "model_chunks", "config_overrides"},
     "megatron.training.training:OptimizerParamScheduler": {
         "optimizer",
@@ -336,6 +359,7 @@ SOURCES = {
     "megatron.training.arguments:add_megatron_arguments": "580b80fbe586",
     "megatron.training.arguments:validate_args": "47bfcd3af0d8",
     "megatron.core.datasets.utils:compile_helpers": "84029a50ae8c",
+    "megatron.training.checkpointing:load_args_from_checkpoint": "f10371ee69b2",
     "megatron.training.training:get_megatron_optimizer": "b473223298c4",
     "megatron.training.training:OptimizerParamScheduler": "2936733983b5",
     "megatron.training.checkpointing:_load_base_checkpoint": "9a7e9e8de242",

@@ -1,5 +1,6 @@
 """What a run leaves behind: run.json, hyperparameters.json, scalars for TensorBoard and W&B, a line on the console."""
 
+import argparse
 import json
 import math
 import re
@@ -323,3 +324,56 @@ def in_folder(folder: str) -> None:
 
     os.chdir(folder)
     train([*FLAGS, "--eval-iters", "0"], steps=1, hooks=Recorded(Path(folder)))
+
+
+# --- without the trainer ---------------------------------------------------------------------------------------------
+
+ARGS = argparse.Namespace(train_iters=10, save=None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "{}", '{"evaluations": 1}', '{"evaluations": [1]}', '{"evaluations": [{}]}', "[" * 10**5],
+)
+def test_a_damaged_run_json_is_replaced_and_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    from megatron_patch.upstream.record import RunRecord
+
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    RunRecord(str(tmp_path), ARGS, {}, 5)
+    assert capsys.readouterr().err == f"WARNING: {path}: damaged; the evaluations before iteration 5 are lost\n"
+    assert json.loads(path.read_text())["evaluations"] == []
+
+
+def test_updates_that_cannot_be_written_are_made_up_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One warning; the file stays as it was, whole, and the next update that succeeds has everything."""
+    from megatron_patch.upstream.record import RunRecord
+
+    record = RunRecord(str(tmp_path), ARGS, {}, 0)
+    path = tmp_path / "run.json"
+    before = path.read_bytes()
+    (tmp_path / "run.json.tmp").symlink_to("/dev/full")
+    record.evaluated(2, "validation", {"lm loss": 3.0})
+    (tmp_path / "run.json.tmp").symlink_to("/dev/full")
+    record.evaluated(4, "validation", {"lm loss": 2.0})
+    assert path.read_bytes() == before
+    assert capsys.readouterr().err == (
+        f"WARNING: {path}: No space left on device; training goes on, and the next update writes all of it\n"
+    )
+    record.ended("finished")
+    content = json.loads(path.read_text())
+    assert [e["iteration"] for e in content["evaluations"]] == [2, 4]
+    assert (content["status"], content["best_loss"]) == ("finished", 2.0)
+    assert capsys.readouterr().err == f"> {path}: written again; nothing is missing\n"
+
+
+def test_a_folder_that_cannot_be_written_is_a_mistake_at_the_start(tmp_path: Path) -> None:
+    from megatron_patch.errors import ConfigError
+    from megatron_patch.upstream.record import RunRecord, writing
+
+    (tmp_path / "run.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"--metrics-dir .*No space left on device.*make room") as caught:
+        writing(str(tmp_path), lambda: RunRecord(str(tmp_path), ARGS, {}, 0))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,88 @@
+"""YAML files that users write: read safely, each key once, every mistake one line. A flat one holds flags."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from megatron_patch.errors import ConfigError
+
+FLAG_NAME = re.compile(r"[A-Za-z][^\s=]*")
+
+
+def flag_name(text: str) -> str:
+    """``--num_layers`` -> ``num-layers``."""
+    return text.removeprefix("--").replace("_", "-")
+
+
+def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
+    """Return the flags in a YAML file, with dashes or underscores in the names and without a leading ``--``.
+
+    Args:
+        path: the file.
+        flag: what named the file, for messages.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or is no flat mapping with each flag once.
+    """
+    content, root = read_mapping(path, flag, "write one `flag-name: value` a line")
+    if root is None:
+        return {}
+    flags: dict[str, Any] = {}
+    # The keys as they stand in the file: PyYAML keeps the last of equal ones without a word.
+    lines: dict[str, int] = {}
+    for key_node, _ in root.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        name = flag_name(key)
+        if name in lines:
+            raise ConfigError(
+                f"{path}: {key}", f"at line {line}", f"each flag once, and line {lines[name]} has it", "delete one"
+            )
+        lines[name] = line
+    for key, value in content.items():
+        name = flag_name(str(key))
+        if not isinstance(key, str) or not FLAG_NAME.fullmatch(name):
+            raise ConfigError(f"{path}: {key}", value, "the name of a flag before the colon", "correct or quote it")
+        if not is_flag_value(value):
+            raise ConfigError(
+                f"{path}: {key}", value, "a value or a list of values", "write the flags flat, as on a command line"
+            )
+        flags[name] = value
+    return flags
+
+
+def is_flag_value(value: object) -> bool:
+    """Return whether a flag can have it: a plain value, or a list of plain values."""
+    plain = not isinstance(value, (dict, set))
+    return plain and not (isinstance(value, list) and any(isinstance(v, (dict, set, list, tuple)) for v in value))
+
+
+def read_mapping(path: str, flag: str, fix: str) -> tuple[Mapping[Any, Any], yaml.MappingNode | None]:
+    """Return the mapping in a YAML file and the nodes it was made from; (empty, None) for an empty file.
+
+    Args:
+        path: the file.
+        flag: what named the file, for messages.
+        fix: what to do about a file that holds something else than a mapping.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(flag, path, "a readable file", f"check the path ({error.strerror})") from None
+    except Exception as error:  # not UTF-8, no YAML, or what PyYAML's constructors raise at 2001-02-30 and !!int ''
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(flag, path, f"valid YAML{line}", f"correct it: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}, None
+    if not isinstance(content, dict):
+        raise ConfigError(flag, path, "a mapping of flag names to values", fix)
+    root = yaml.compose(text, yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)
+    return content, root
