@@ -1,16 +1,20 @@
-"""Turn the folders of runs into one HTML page and a picture, and print how the runs went."""
+"""Turn runs or a sweep into one HTML page and a picture, and print how they went and what transferred."""
 
 import argparse
 import sys
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.experiments.report import print_summary, write_report
-from megatron_patch.experiments.runs import read_runs
+from megatron_patch.experiments.transfer_report import read_all
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python tools/report.py runs/quickstart --output runs/quickstart/report.html
-writes runs/quickstart/report.html and, beside it, report.png; with --output x.png only the picture"""
-RUN = "folder of a run (its --save folder or --metrics-dir), or one above several runs; a running one can be read too"
+  python tools/report.py runs/sweep --output runs/sweep/report.html
+The first writes runs/quickstart/report.html and, beside it, report.png; with --output x.png only the picture."""
+RUN = (
+    "folder of a run (its --save folder or --metrics-dir) or one above several runs, also running ones; the output "
+    "folder of a sweep; or a CSV table of trials (hidden_size, lr, loss, ...)"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    result.add_argument("runs", nargs="+", metavar="RUN", help=RUN)
+    result.add_argument("runs", nargs="+", metavar="RUN_OR_SWEEP", help=RUN)
     result.add_argument("--output", required=True, metavar="FILE", help="report.html, or overview.png; replaced")
     return result
 
@@ -27,8 +31,9 @@ def main() -> int:
     """Run the tool and return its exit code."""
     args = parser().parse_args()
     try:
-        runs = read_runs(args.runs)
-        print_summary(runs, write_report(runs, args.output))
+        runs, sweep, notes = read_all(args.runs)
+        files = write_report(runs, args.output, sweep, notes)
+        print_summary(runs, files, sweep=sweep, notes=notes)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

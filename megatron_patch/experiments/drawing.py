@@ -6,10 +6,12 @@ colour-blind readers, on a white page and on a black one.
 
 import html
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 import matplotlib
 import numpy as np
@@ -47,6 +49,7 @@ _STYLE: Any = {
     "lines.linewidth": 1.7,
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron-patch",
+    "path.simplify": False,  # every point of a line has its hover value
 }
 
 
@@ -63,6 +66,8 @@ class Line:
     marker: str = ""
     faint: bool = False
     """Whether it is thin and grey, behind the others."""
+    color: str = ""
+    """One of `LIGHT`; by default that of its place among the lines of the picture."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,16 @@ def draw_lines(
     lines: Sequence[Line],
     log: bool = False,
     references: Sequence[tuple[str, float]] = (),
+    x_label: str = "iteration",
 ) -> None:
     """Draw lines in the colours of their order, each with its name at its end, and horizontal dotted references.
 
     Args:
         axes: empty.
-        lines: not empty; x in iterations.
+        lines: not empty.
         log: whether the y axis is logarithmic; values that are not positive are left out then.
         references: name and value of each.
+        x_label: what x is; whole numbers.
     """
     if log:
         axes.set_yscale("log", nonpositive="mask")
@@ -96,27 +103,57 @@ def draw_lines(
         if line.faint:
             axes.plot(line.x, line.y, color=INK, linewidth=0.8, alpha=0.35, zorder=1.5)
             continue
-        color = LIGHT[place % len(LIGHT)]
+        color = line.color or LIGHT[place % len(LIGHT)]
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(line.x, line.y, line.dashes, color=color, marker=line.marker, markersize=4, clip_on=not line.marker)
+        (artist,) = axes.plot(
+            line.x, line.y, line.dashes, color=color, marker=line.marker, markersize=4, clip_on=not line.marker
+        )
+        artist.set_gid(hover(line.name))
     for _, value in references:
         axes.axhline(value, color=INK, linestyle=":", linewidth=1.1, alpha=0.7)
     _ticks(axes, log)
-    axes.set_xlabel("iteration")
+    axes.set_xlabel(x_label)
     ends = []
     for place, line in enumerate(lines):
         drawn = [(x, y) for x, y in zip(line.x, line.y, strict=True) if np.isfinite(y) and (y > 0 or not log)]
         if line.name and drawn:
-            ends.append((line.name, *drawn[-1], LIGHT[place % len(LIGHT)]))
+            ends.append((line.name, *drawn[-1], line.color or LIGHT[place % len(LIGHT)]))
     right = axes.get_xlim()[1]
-    _name_ends(axes, [*ends, *((name, right, value, INK) for name, value in references)])
+    name_ends(axes, [*ends, *((name, right, value, INK) for name, value in references)])
+
+
+def hover(name: str, texts: Sequence[str] = ()) -> str:
+    """Return what, set as the gid of a line, shows its name and the values of its nearest point under the pointer.
+
+    Args:
+        name: of the line.
+        texts: what to say of every point; without it, its coordinates are read off the axes.
+    """
+    return _gid("hover", [name, list(texts)] if texts else [name])
+
+
+def hover_cell(text: str) -> str:
+    """Return what, set as the gid of a patch, makes a text appear while the pointer is on it."""
+    return _gid("cell", [text])
+
+
+def _gid(kind: str, content: list[Any]) -> str:
+    return f"{kind}:{quote(json.dumps(content), safe='')}:"
+
+
+def _hover_attribute(gid: re.Match[str]) -> str:
+    return f' class="{gid[1]}" data-hover="{html.escape(unquote(gid[2]))}"'
 
 
 def _ticks(axes: Axes, log: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    if not log:
-        return
+    if log:
+        readable_log(axes)
+
+
+def readable_log(axes: Axes) -> None:
+    """Give a logarithmic y axis ticks and labels in plain numbers."""
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
     if decades < 1.2:
@@ -127,7 +164,7 @@ def _ticks(axes: Axes, log: bool) -> None:
     axes.minorticks_off()
 
 
-def _name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write names right of the axes, at the height where their lines end, moved apart where they would overlap.
 
     Args:
@@ -186,6 +223,20 @@ def wide_figure(title: str, pictures: Sequence[Picture]) -> Figure:
     return figure
 
 
+def grid_figure(title: str, pictures: Sequence[Picture]) -> Figure:
+    """Return a figure of pictures of equal size, up to three beside each other."""
+    columns = min(len(pictures), 3 if len(pictures) != 4 else 2)
+    rows = -(-len(pictures) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2 * columns, 3.5 * rows + 0.4), layout="constrained", dpi=130)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+        for place, picture in enumerate(pictures):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            axes.set_title(picture.title)
+            picture.draw(axes)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG file on white."""
     buffer = io.BytesIO()
@@ -205,7 +256,8 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
+    # Before ids are stripped and prefixed: these are no ids.
+    text = re.sub(r' id="(hover|cell):([^":]*):"', _hover_attribute, buffer.getvalue())
     text = text[text.index("</defs>") + len("</defs>") : text.rindex("</svg>")]
     text = re.sub(r' id="[^"]*_\d+"| transform="rotate\(-0 [^"]*"|font-family: [^;]*; ', "", text)
     text = re.sub(r' (?:d|x|y)="[^"]*"', _round_numbers, text)
@@ -215,10 +267,26 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     for place, color in enumerate(LIGHT):
         text = text.replace(color, f"var(--line{place})")
     width, height = figure.get_size_inches() * 72
-    start = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(label)}">'
+    plots = html.escape(json.dumps([_plot(axes, width, height) for axes in figure.axes]))
+    start = (
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(label)}" data-plots="{plots}">'
+    )
     return start + text.replace(INK, "currentColor") + "</svg>"
 
 
+def _plot(axes: Axes, width: float, height: float) -> list[Any]:
+    """Return how to read values off a plot: for x and y two places on the page, their values, and the scale."""
+    box = axes.get_position()
+    x = [box.x0 * width, box.x1 * width, *axes.get_xlim(), axes.get_xscale()]
+    y = [(1 - box.y0) * height, (1 - box.y1) * height, *axes.get_ylim(), axes.get_yscale()]
+    rounded = [[float(f"{v:.7g}") if isinstance(v, float) else v for v in map(_python, axis)] for axis in (x, y)]
+    return [*rounded, axes.get_xlabel()]
+
+
+def _python(value: Any) -> Any:
+    return value if isinstance(value, str) else float(value)
+
+
 def _round_numbers(attribute: re.Match[str]) -> str:
-    numbers = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", attribute[0])
+    numbers = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
     return " " + " ".join(numbers.split())

@@ -11,15 +11,14 @@ from matplotlib.figure import Figure
 
 from megatron_patch.experiments.drawing import DASHES, LIGHT, Line, Picture, draw_lines, wide_figure
 from megatron_patch.experiments.events import Series
-from megatron_patch.experiments.runs import AlignmentLine, EquilibriumLine, Run
+from megatron_patch.experiments.runs import EquilibriumLine, Run
+from megatron_patch.metrics.lines import FADED, AlignmentLine
 from megatron_patch.theory.equilibrium import momentum_update_rms
 
 MOST_POINTS = 300
 """Points of a line; a longer series is averaged in this many stretches."""
 MOST_BAND_POINTS = 60
 """The same for a line with a band."""
-FADED = 0.005
-"""Share of its peak LR below which a layer's update is too small to be measured (arXiv 2510.19093 drops 0.5%)."""
 NAMED_RUNS = 8
 """Runs that one picture can tell apart."""
 
@@ -28,18 +27,24 @@ type Point = tuple[int, str, float | None]
 
 
 def overview(run: Run) -> Figure | None:
-    """Return the picture of a whole run: loss, learning rates, weight decays; None if nothing was logged."""
-    pictures = _present(_loss(run), _learning_rates(run), _weight_decays(run))
+    """Return the picture of a whole run: loss, LR and weight decay, alignment ratio; None if nothing was logged."""
+    ratios = _alignment_ratio(run)
+    pictures = present(_loss(run), _learning_rates(run), _weight_decays(run), ratios)
     scaling = "no width scaling" if run.rule == "none" else f"width scaling {run.rule}, m = {run.m:g}"
     return wide_figure(f"{run.name}: {scaling}", pictures) if pictures else None
 
 
+def loss_pictures(run: Run) -> list[Picture]:
+    """Return the loss alone."""
+    return present(_loss(run))
+
+
 def training_pictures(run: Run) -> list[Picture]:
     """Return loss, LR and weight decay per class, and gradient norm, as far as they were logged."""
-    return _present(_loss(run), _learning_rates(run), _weight_decays(run), _gradient_norm(run))
+    return present(_loss(run), _learning_rates(run), _weight_decays(run), _gradient_norm(run))
 
 
-def _present(*pictures: Picture | None) -> list[Picture]:
+def present(*pictures: Picture | None) -> list[Picture]:
     return [picture for picture in pictures if picture is not None]
 
 
@@ -152,10 +157,10 @@ def alignment_pictures(run: Run) -> list[Picture]:
     def always(value: Callable[[AlignmentLine], float | None]) -> list[Point]:
         return [(li.iteration, li.layer, value(li)) for li in lines]
 
-    return _present(
+    return present(
         _metric("Weight alignment α_W", "‖WX‖ / (‖W‖ ‖X‖)", always(lambda li: li.weight_alignment), random),
         _metric("Update alignment α_ΔW", "‖ΔWX‖ / (‖ΔW‖ ‖X‖)", updated(lambda li: li.update_alignment), random),
-        _metric("Alignment ratio", "α_ΔW / α_W", updated(lambda li: li.alignment_ratio), [("1", 1.0)]),
+        _alignment_ratio(run),
         _metric("Relative weight update", "RWU = ‖ΔW‖ / ‖W‖", updated(lambda li: li.relative_update)),
         _metric(
             "Relative representation change",
@@ -171,23 +176,33 @@ def alignment_pictures(run: Run) -> list[Picture]:
     )
 
 
+def _alignment_ratio(run: Run) -> Picture | None:
+    measurable = measurable_updates(run)
+    points = [
+        (line.iteration, line.layer, line.alignment_ratio)
+        for line in lines_by_kind(run)
+        if (line.iteration, line.layer) in measurable
+    ]
+    return _metric("Alignment ratio", "α_ΔW / α_W", points, [("1", 1.0)])
+
+
 def equilibrium_pictures(run: Run) -> list[Picture]:
     """Return weights and updates beside what the weight-norm model predicts (arXiv 2510.19093, appendix F)."""
     measurable = measurable_updates(run)
     updated = [li for li in run.equilibrium if (li.iteration, li.layer) in measurable]
     noise = momentum_update_rms(float(run.arguments.get("adam_beta1", 0.9)))
-    return _present(
+    return present(
         _sizes(updated),
         _metric(
             "Weight size, measured / predicted",
             "RMS of the entries of W over that of the recurrence",
-            [(li.iteration, li.layer, _ratio(li.weight_rms, li.predicted_weight_rms)) for li in run.equilibrium],
+            [(li.iteration, li.layer, ratio(li.weight_rms, li.predicted_weight_rms)) for li in run.equilibrium],
             [("1", 1.0)],
         ),
         _metric(
             "Relative update, measured / predicted",
             "1: steady gradients; lower line: pure noise, which Adam's momentum averages",
-            [(li.iteration, li.layer, _ratio(li.relative_update, li.predicted_relative_update)) for li in updated],
+            [(li.iteration, li.layer, ratio(li.relative_update, li.predicted_relative_update)) for li in updated],
             [("steady gradients", 1.0), ("pure noise", noise)],
         ),
     )
@@ -202,7 +217,7 @@ def _sizes(lines: Sequence[EquilibriumLine]) -> Picture | None:
             (line.iteration, "predicted", line.predicted_relative_update),
             (line.iteration, "√(2ηλ)", line.equilibrium_relative_update),
         ]
-    drawn = _bands(points)
+    drawn = bands(points)
     if len(drawn) < 2:
         return None
     return Picture(
@@ -214,7 +229,7 @@ def _sizes(lines: Sequence[EquilibriumLine]) -> Picture | None:
     )
 
 
-def _ratio(measured: float | None, predicted: float | None) -> float | None:
+def ratio(measured: float | None, predicted: float | None) -> float | None:
     return measured / predicted if measured is not None and predicted else None
 
 
@@ -252,7 +267,15 @@ def _metric(
     title: str, meaning: str, points: Iterable[Point], references: Sequence[tuple[str, float]] = ()
 ) -> Picture | None:
     """Return the picture of a number that every layer has, a line for each kind of layer."""
-    lines = _bands((iteration, layer_kind(layer), value) for iteration, layer, value in points)
+    return line_picture(
+        title, meaning, bands((at, layer_kind(layer), value) for at, layer, value in points), references
+    )
+
+
+def line_picture(
+    title: str, meaning: str, lines: Sequence[Line], references: Sequence[tuple[str, float]] = ()
+) -> Picture | None:
+    """Return the picture of lines over iterations on a logarithmic scale; None without lines."""
     if not lines:
         return None
     last = "; ".join(f"{line.name} {line.y[-1]:.3g}" for line in lines)
@@ -264,7 +287,7 @@ def _metric(
     )
 
 
-def _bands(points: Iterable[Point]) -> list[Line]:
+def bands(points: Iterable[Point]) -> list[Line]:
     """Return a line for each group of points: the median per iteration, in a band from 10th to 90th percentile."""
     groups: dict[str, dict[int, list[float]]] = {}
     for iteration, group, value in points:
@@ -283,14 +306,14 @@ def _bands(points: Iterable[Point]) -> list[Line]:
 
 def comparison_pictures(runs: Sequence[Run]) -> list[Picture]:
     """Return the losses of several runs in one picture each; with many of them only the lowest is named."""
-    return _present(
+    return present(
         _comparison("Validation loss of all runs", [(run, run.evaluated("validation")) for run in runs]),
         _comparison("Training loss of all runs", [(run, run.train_loss) for run in runs]),
     )
 
 
 def _comparison(title: str, series: Sequence[tuple[Run, Series]]) -> Picture | None:
-    lines = [replace(_running(run.name, s), low=(), high=()) for run, s in series if s.values]
+    lines = [replace(_running(run.name, s), low=(), high=()) for run, s in series if len(s.values) > 1]
     if len(lines) < 2:
         return None
     lines.sort(key=lambda line: line.y[-1] if math.isfinite(line.y[-1]) else math.inf)

@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from megatron_patch.experiments.pictures import layer_kind, lines_by_kind, measurable_updates
-from megatron_patch.experiments.runs import AlignmentLine, Run
+from megatron_patch.experiments.runs import Run
+from megatron_patch.metrics.lines import AlignmentLine
 
 MOST_DIFFERENCES = 10
 """Columns for settings in which runs differ."""
@@ -16,6 +17,8 @@ _NOT_TRAINING = (
     "alignment_interval spectral_interval log_interval tensorboard_log_interval eval_interval save_interval"
 ).split()
 """Arguments that say where something is or how often it is written, not how a model is trained."""
+_FIRST = "width_scaling hidden_size lr weight_decay vector_lr seed train_iters extra_warmup".split()
+"""Settings that come before the others."""
 _UPDATES = ("update_alignment", "alignment_ratio", "relative_update", "relative_representation_change")
 _MEASURED = ("weight_norm", "weight_alignment", *_UPDATES, "top_singular_value")
 _HEADINGS = ("‖W‖", "α_W", "α_ΔW", "α_ΔW / α_W", "RWU", "RRC", "top singular value")
@@ -29,6 +32,11 @@ class Cell:
     value: float | int | None = None
     """The exact number, if it is one."""
 
+    @property
+    def key(self) -> str | None:
+        """The number as JavaScript spells it."""
+        return None if self.value is None else str(self.value).replace("inf", "Infinity")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -39,11 +47,12 @@ class Table:
     title: str = ""
 
 
-def _number(value: float | None, digits: int = 4) -> Cell:
+def number(value: float | None, digits: int = 4) -> Cell:
+    """Return a cell for a measured number, rounded."""
     return Cell("–") if value is None else Cell(f"{value:.{digits}g}", value)
 
 
-def _exact(value: Any) -> Cell:
+def exact(value: Any) -> Cell:
     """Return a cell for a setting, which is not rounded."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -107,8 +116,8 @@ def class_table(run: Run) -> Table:
     rows = tuple(
         (
             Cell(role),
-            *(_number(value, 6) for value in numbers),
-            _exact(len(sizes)),
+            *(number(value, 6) for value in numbers),
+            exact(len(sizes)),
             Cell(f"{sum(sizes):,}", sum(sizes)),
         )
         for (role, *numbers), sizes in sorted(groups.items())
@@ -125,7 +134,7 @@ def parameter_table(run: Run) -> Table:
                 Cell(p.name),
                 Cell(p.role),
                 Cell(" × ".join(map(str, p.shape)), math.prod(p.shape)),
-                *(_number(value, 6) for value in (p.m, p.lr, p.weight_decay, p.eps)),
+                *(number(value, 6) for value in (p.m, p.lr, p.weight_decay, p.eps)),
             )
             for p in parameters
         ),
@@ -140,9 +149,9 @@ def kind_table(run: Run) -> Table:
     rows = tuple(
         (
             Cell(kind),
-            _exact(len(layers)),
-            _exact(layers[0][0]),
-            *(_number(_median(values[key] for _, values in layers if key in values)) for key in _MEASURED),
+            exact(len(layers)),
+            exact(layers[0][0]),
+            *(number(_median(values[key] for _, values in layers if key in values)) for key in _MEASURED),
         )
         for kind, layers in groups.items()
     )
@@ -152,7 +161,7 @@ def kind_table(run: Run) -> Table:
 def layer_table(run: Run) -> Table:
     """Return what was measured last of every layer."""
     rows = tuple(
-        (Cell(layer), _exact(fan_in), _exact(fan_out), _number(m), *(_number(values.get(key)) for key in _MEASURED))
+        (Cell(layer), exact(fan_in), exact(fan_out), number(m), *(number(values.get(key)) for key in _MEASURED))
         for (layer, fan_in, fan_out, m), values in _last_measured(run, run.alignment).items()
     )
     return Table(("layer", "fan-in", "fan-out", "m", *_HEADINGS), rows, "Last measured values")
@@ -202,7 +211,7 @@ def all_arguments(run: Run) -> Table:
 
 
 def _pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> Table:
-    return Table(("name", "value"), tuple((Cell(name), _exact(value)) for name, value in pairs), title)
+    return Table(("name", "value"), tuple((Cell(name), exact(value)) for name, value in pairs), title)
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
@@ -211,11 +220,11 @@ def runs_table(runs: Sequence[Run]) -> Table:
     rows = tuple(
         (
             Cell(run.name),
-            _number(run.final_loss, 5),
-            _number(run.best[0] if run.best else None, 5),
-            _number(run.last_train_loss, 5),
-            *(_exact(run.arguments.get(name)) for name in names),
-            _exact(run.iteration),
+            number(run.final_loss, 5),
+            number(run.best[0] if run.best else None, 5),
+            number(run.last_train_loss, 5),
+            *(exact(run.arguments.get(name)) for name in names),
+            exact(run.iteration),
             Cell(duration_text(run.seconds), run.seconds),
             Cell(run.status),
         )
@@ -225,6 +234,10 @@ def runs_table(runs: Sequence[Run]) -> Table:
     return Table((*columns, "iterations", "time", "status"), rows)
 
 
+def _rank(name: str) -> tuple[int, str]:
+    return (_FIRST.index(name) if name in _FIRST else len(_FIRST), name)
+
+
 def _differences(runs: Sequence[Run]) -> list[str]:
-    names = sorted({name for run in runs for name in run.arguments} - set(_NOT_TRAINING))
+    names = sorted({name for run in runs for name in run.arguments} - set(_NOT_TRAINING), key=_rank)
     return [name for name in names if len({repr(run.arguments.get(name)) for run in runs}) > 1][:MOST_DIFFERENCES]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_patch.config import WIDTH_RULES
 from megatron_patch.errors import ConfigError
 
 DIVERGED = math.nan
@@ -64,7 +65,7 @@ def trial_of_run(content: Mapping[str, Any], source: str) -> Trial:
     try:
         arguments = dict(content["arguments"])
         status, loss = content["status"], content["final_loss"]
-        trial = Trial(
+        trial = _checked_trial(
             hidden_size=int(arguments["hidden_size"]),
             lr=float(arguments["lr"]),
             loss=DIVERGED if status == "diverged" else float("nan" if loss is None else loss),
@@ -76,13 +77,29 @@ def trial_of_run(content: Mapping[str, Any], source: str) -> Trial:
             source=source,
             arguments=arguments,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(source, f"({detail})", "the run.json of a training run", "leave this run out") from None
     if status not in ("finished", "diverged"):
         raise ConfigError(source, f"(status {status})", "a finished run", "let it finish, or leave it out")
     if loss is None and status != "diverged":
         raise ConfigError(source, "(no validation loss)", "a run that evaluated", "train it with --eval-iters above 0")
+    return trial
+
+
+def _checked_trial(**values: Any) -> Trial:
+    """Return a trial whose LR and width can be fitted.
+
+    Raises:
+        ValueError: an LR or width that is not positive and finite, or a negative weight decay.
+    """
+    trial = Trial(**values)
+    if not (trial.lr > 0 and math.isfinite(trial.lr) and trial.hidden_size > 0):
+        raise ValueError(f"lr {trial.lr}, hidden_size {trial.hidden_size}: both must be above 0 and finite")
+    if trial.weight_decay is not None and not 0 <= trial.weight_decay < math.inf:
+        raise ValueError(f"weight_decay {trial.weight_decay}: it must be 0 or above and finite")
+    if trial.vector_lr is not None and not 0 <= trial.vector_lr < math.inf:
+        raise ValueError(f"vector_lr {trial.vector_lr}: it must be 0 or above and finite")
     return trial
 
 
@@ -109,11 +126,14 @@ def read_csv(path: str) -> tuple[Trial, ...]:
             header = [name.strip() for name in rows.fieldnames or ()]
             rows.fieldnames = header
             _check_header(path, header)
-            return tuple(_row(row, f"{path} line {rows.line_num}") for row in rows)
+            trials = tuple(_row(row, f"{path} line {rows.line_num}") for row in rows)
     except OSError as error:
         raise ConfigError(path, "", "a readable file", f"check the path ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(path, f"({error})", "a CSV table in UTF-8", "correct the file") from None
+    if not trials:
+        raise ConfigError(path, "(no rows)", "at least one row below the header", "add the runs")
+    return trials
 
 
 def _check_header(path: str, header: list[str]) -> None:
@@ -135,30 +155,44 @@ def _row(row: Mapping[str, Any], source: str) -> Trial:
         text = text.strip()
         if not text and column not in REQUIRED:
             continue
+        if column in _INTEGERS and text.endswith(".0"):
+            text = text.removesuffix(".0")  # what a table program makes of an integer column with gaps
         try:
             values[column] = text if column == "rule" else int(text) if column in _INTEGERS else float(text)
         except ValueError:
             what = "an integer" if column in _INTEGERS else "a number"
             raise ConfigError(source, f"{column} {text!r}", what, "correct the cell") from None
-    if not (values["lr"] > 0 and math.isfinite(values["lr"]) and values["hidden_size"] > 0):
-        got = f"lr {values['lr']}, hidden_size {values['hidden_size']}"
-        raise ConfigError(source, got, "both above 0", "correct the line")
-    return Trial(**values, source=source)
+    if values.get("rule", "none") not in WIDTH_RULES:
+        raise ConfigError(source, f"rule {values['rule']!r}", f"one of {', '.join(WIDTH_RULES)}", "correct the cell")
+    try:
+        return _checked_trial(**values, source=source)
+    except ValueError as error:
+        raise ConfigError(source, f"({error})", "settings of a training", "correct the line") from None
 
 
 def read_trials(path: str) -> tuple[Trial, ...]:
     """Return the trials in a CSV file, or of every run in or below a folder.
+
+    Runs of this project are known by their run.json. A folder without one may hold TensorBoard event folders or W&B
+    offline runs of Megatron (see `foreign_runs`).
 
     Raises:
         ConfigError: nothing there, or a file that cannot be read.
     """
     if os.path.isfile(path):
         return read_csv(path)
+    if not os.path.isdir(path):
+        raise ConfigError(path, "", "a folder of runs or a CSV file", "check the path (there is no such file)")
+    from megatron_patch.experiments.foreign_runs import read_foreign_runs
     from megatron_patch.experiments.runs import find_runs
     from megatron_patch.files import read_json
 
+    try:
+        folders = find_runs(path)
+    except ConfigError:
+        return read_foreign_runs(path)
     trials = []
-    for folder in find_runs(path):
+    for folder in folders:
         file = os.path.join(folder, "run.json")
         try:
             content = read_json(file)

@@ -2,31 +2,31 @@
 
 import dataclasses
 import doctest
-import html
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
 
-from megatron_patch.experiments import drawing, pictures
+from megatron_patch.experiments import curves, drawing, layer_pictures, pictures, report_card
 from megatron_patch.experiments.drawing import Line, Picture, draw_lines, small_figure, svg
 from megatron_patch.experiments.events import Series
+from megatron_patch.experiments.layer_pictures import every_layer, warmup_pictures
 from megatron_patch.experiments.pictures import alignment_pictures, equilibrium_pictures, overview, training_pictures
 from megatron_patch.experiments.report import MOST_DETAILED, html_page, print_summary, write_report
-from megatron_patch.experiments.runs import AlignmentLine, Run, read_runs
-from tests.experiments.run_folders import LAYERS, STEPS, alignment_line, train_loss, write_record, write_run
+from megatron_patch.experiments.runs import Run, read_runs
+from megatron_patch.metrics.lines import AlignmentLine
+from tests.experiments.browser import inspect, needs_chromium
+from tests.experiments.run_folders import LAYERS, STEPS, alignment_line, lr_factor, train_loss, write_record, write_run
 
 Tool = Callable[..., int]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
@@ -138,10 +138,57 @@ def test_every_picture_has_a_text(run: Run, text: str) -> None:
     drawn = sum(tag == "svg" and name == "viewbox" for tag, name, _ in page.attributes)
     labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
     expected = training_pictures(run) + alignment_pictures(run) + equilibrium_pictures(run)
-    assert drawn == len(labels) == len(expected) == 4 + 6 + 3
+    assert len(expected) == 4 + 6 + 3
+    layers = every_layer(run) + warmup_pictures(run)
+    assert len(layers) == 2 + len(LAYERS) + 1
+    assert drawn == len(labels) == len(expected + layers)
     assert all(len(label) > 40 for label in labels)
     assert "training loss from 5 to 2.075; validation loss from 2.438 to 2.188" in labels[0]
     assert "matrix: peak 0.004875" in labels[1]
+
+
+def values_of(picture: Picture) -> dict[str, tuple[list[float], list[float]]]:
+    """The lines that a picture draws, by the name that appears under the pointer."""
+    found = {}
+    for artist in small_figure(picture).axes[0].get_lines():
+        gid = unquote(str(artist.get_gid()))
+        if gid.startswith("hover:"):
+            found[json.loads(gid.removeprefix("hover:").removesuffix(":"))[0]] = (
+                list(map(float, artist.get_xdata())),  # type: ignore[arg-type]
+                list(map(float, artist.get_ydata())),  # type: ignore[arg-type]
+            )
+    return found
+
+
+@pytest.mark.parametrize("kind", ["none", "exp", "decay-away"])
+def test_warmups_follow_the_schedule_that_was_logged(run: Run, kind: str) -> None:
+    """The LR without the warmup is found again from the logged one; factors by the equations written out."""
+    lr, decay, m = 0.01, 0.5, 4.0
+    plain = [lr * lr_factor(t) for t in range(STEPS)]
+    product, factors = 1.0, []
+    for rate in plain:
+        factors.append((1 + (m**2 - 1) * product) ** -0.5)
+        product *= (1 - rate * decay) ** 2
+    exp = [m ** min(0.0, t / 20 - 1) for t in range(STEPS)]
+    used = {"none": [1.0] * STEPS, "exp": exp, "decay-away": factors}[kind]
+    # CLASSES' vector class has the peak LR 0.01; what is logged at iteration t is the LR of step t.
+    logged = Series(tuple(range(STEPS)), tuple(rate * f for rate, f in zip(plain, used, strict=True)))
+    arguments = {
+        **run.arguments,
+        "lr": lr,
+        "weight_decay": decay,
+        "extra_warmup": kind,
+        "extra_warmup_iters": 20 if kind == "exp" else None,
+        "init_scaling": "fan-in",
+    }
+    changed = dataclasses.replace(run, arguments=arguments, series={"lr/vector": logged})
+    lines = values_of(warmup_pictures(changed)[0])
+    assert lines["decay-away" if kind != "decay-away" else "decay-away (in use)"][1] == pytest.approx(factors, rel=1e-5)
+    assert ("exp (in use)" in lines) == (kind == "exp")
+    if kind == "exp":
+        assert lines["exp (in use)"][1] == pytest.approx(exp)
+    assert lines["implicit"][1][0] == pytest.approx(1 / m)
+    assert lines["implicit"][1] == sorted(lines["implicit"][1])
 
 
 def test_the_same_run_gives_the_same_bytes(bare: Run) -> None:
@@ -178,7 +225,7 @@ def test_experts_count_by_their_mean(bare: Run) -> None:
     assert "experts gate 0.4" in alignment_pictures(run)[0].text
 
 
-@pytest.mark.parametrize("module", [drawing, pictures])
+@pytest.mark.parametrize("module", [drawing, pictures, curves, report_card, layer_pictures])
 def test_examples_in_docstrings(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -289,7 +336,7 @@ def test_an_old_report_is_replaced_as_a_whole(bare: Run, tmp_path: Path, monkeyp
     output = tmp_path / "r.html"
     output.write_text("old")
 
-    def fail(runs: object) -> str:
+    def fail(*given: object) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -315,60 +362,32 @@ def four_runs(run: Run, bare: Run) -> str:
     return html_page([dataclasses.replace(run, name="r0", final_loss=losses[0]), *runs[1:]])
 
 
-HARNESS = """<!DOCTYPE html><title>check</title>
-<iframe id=wide src=report.html width=1280 height=900></iframe>
-<iframe id=phone src=report.html width=360 height=800></iframe>
-<pre id=result></pre><script>
-addEventListener("load", () => {
-  const found = {};
-  for (const name of ["wide", "phone"]) {
-    const page = document.getElementById(name).contentDocument;
-    const style = element => page.defaultView.getComputedStyle(element);
+CHECK = """
+    const style = element => view.getComputedStyle(element);
     const table = page.querySelector("table");
     const column = () => [...table.tBodies[0].rows].map(row => row.cells[1].textContent);
     const orders = [column()];
     for (let i = 0; i < 2; i++) { table.tHead.rows[0].cells[1].querySelector("button").click(); orders.push(column()); }
     const text = page.querySelector("svg text");
-    found[name] = {
-      overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    const pictures = [...page.querySelectorAll("svg[data-plots]")];
+    return {
       orders,
       background: style(page.body).backgroundColor,
       ink: style(text).fill,
       line: style(page.querySelector("svg path[style*='var(--line0)']")).stroke,
       picture: page.querySelector("svg").getBoundingClientRect().width,
       letters: text.getBoundingClientRect().height,
+      silent: pictures.filter(svg => view.points(svg).length === 0).length,
+      loss: view.points(page.querySelector("details.run svg")).map(point => point[2]),
     };
-  }
-  document.getElementById("result").textContent = JSON.stringify(found);
-});
-</script>"""
+"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: the page was not opened in a browser")
+@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_works_in_a_browser(four_runs: str, tmp_path: Path, scheme: str) -> None:
     """At desktop and phone width, in light and dark: no console message, no sideways scrolling, tables sort."""
-    (tmp_path / "report.html").write_text(four_runs)
-    (tmp_path / "check.html").write_text(HARNESS)
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    command += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}/profile"]
-    command += [
-        "--allow-file-access-from-files",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-    ]
-    command += [
-        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
-        f"file://{tmp_path}/check.html",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    result = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert result is not None
-    for found in json.loads(html.unescape(result[1])).values():
-        assert found["overflow"] == 0
+    for found in inspect(four_runs, tmp_path, CHECK, scheme).values():
         assert found["orders"] == [
             ["2.5", "10", "–", "2.25"],
             ["2.25", "2.5", "10", "–"],
@@ -379,3 +398,12 @@ def test_the_page_works_in_a_browser(four_runs: str, tmp_path: Path, scheme: str
         assert found["line"] == ("rgb(74, 168, 232)" if scheme == "dark" else "rgb(0, 114, 178)")
         assert found["picture"] > 280
         assert found["letters"] >= 9  # pixels
+        assert found["silent"] == 0
+        # What appears under the pointer are the numbers of the run, to four digits.
+        shown = [text.split("\n") for text in found["loss"]]
+        validation = [value for name, value in shown if name == "validation"]
+        assert [value.partition(": ")[0] for value in validation] == ["iteration 10", "iteration 20", "iteration 40"]
+        assert [float(value.partition(": ")[2]) for value in validation] == pytest.approx(
+            [2.4375, 2.1625, 2.1875], rel=5e-4
+        )
+        assert sum(name == "train" for name, _ in shown) == STEPS

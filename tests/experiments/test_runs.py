@@ -12,9 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.experiments.events import read_events, tensorboard_files
-from megatron_patch.experiments.runs import AlignmentLine, EquilibriumLine, SublayerLine, read_runs
+from megatron_patch.experiments.runs import EquilibriumLine, SublayerLine, read_runs
 from megatron_patch.metrics import table
 from megatron_patch.metrics.forecast import NormForecast
+from megatron_patch.metrics.lines import AlignmentLine
 from megatron_patch.metrics.meter import SLOTS
 from tests.experiments.run_folders import (
     CLASSES,
