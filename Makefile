@@ -1,6 +1,9 @@
 # make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures
 # make test         set up and run the whole test suite
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
+# make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
+# make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
+# make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
 # make lint bench   what their names say
 # Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
 
@@ -9,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test test-te lint bench clean
+.PHONY: setup quickstart test sweep-example test-te test-core test-megatron lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -25,9 +28,19 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
+sweep-example: setup
+	launch/sweep_example.sh
+
 test-te:
 	PYTHON="$(PYTHON)" .ci/install_te.sh .venv-te
 	.ci/test_te .venv-te
+
+test-core: setup
+	.ci/test_core $(BIN)/python 0.17.1 0.18.2
+
+test-megatron: setup
+	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python tests/upstream_suite/compare.py
+	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python -m pytest tests/upstream/test_megatron_lm.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,4 +52,4 @@ bench: setup
 	$(BIN)/python benchmarks/alignment_cost.py
 
 clean:
-	rm -rf $(VENV) .venv-te
+	rm -rf $(VENV) .venv-te .venv-core-*

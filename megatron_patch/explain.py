@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.errors import ConfigError, MegatronPatchError
-from megatron_patch.run import asked_for, megatron_arguments, split_command_line
+from megatron_patch.run import DEFAULT_SCRIPT, asked_for, first_on_path, megatron_arguments, split_command_line
 from megatron_patch.yaml_flags import load_yaml
 
 if TYPE_CHECKING:
@@ -88,8 +88,10 @@ def plain_errors(parser: argparse.ArgumentParser) -> None:
 
 def _explain(argv: Sequence[str]) -> None:
     options, rest = own_options(argv)
-    path, _, command_line = split_command_line(rest)
+    path, script, command_line = split_command_line(rest)
     flags = load_yaml(path) if path else {}
+    if script != DEFAULT_SCRIPT:
+        first_on_path(script)  # the Megatron that the run would use
     # Only now: a mistake above should not take the seconds that torch and Megatron take to import.
     from megatron_patch.experiments.outlook import outlook
     from megatron_patch.upstream.dry_machine import prepare_machine, quiet

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_patch.experiments.optimum import NoOptimum, Optimum, fit_lr
+from megatron_patch.experiments.seeds import aligned
 from megatron_patch.experiments.trials import DIVERGED, Trial
 from megatron_patch.theory.width import RULES
 
@@ -64,13 +65,14 @@ def setting(trial: Trial) -> Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """The trials of one LR: the mean of their finite losses and its range."""
+    """The trials of one LR."""
 
     lr: float
     loss: float
-    """nan if all diverged."""
+    """Mean of the finite losses, each without the offset of its seed; nan if all diverged."""
     low: float
     high: float
+    """Range of the losses as they are."""
     seeds: int
     diverged: int
     """How many of them diverged."""
@@ -88,7 +90,8 @@ class Curve:
     @cached_property
     def points(self) -> tuple[Point, ...]:
         """The points in order of LR."""
-        return tuple(_point(lr, group) for lr, group in sorted(grouped(self.trials, lambda t: t.lr).items()))
+        means = grouped(aligned(self.trials), lambda t: t.lr)
+        return tuple(_point(lr, group, means[lr]) for lr, group in sorted(grouped(self.trials, lambda t: t.lr).items()))
 
     @cached_property
     def _fit(self) -> tuple[Optimum | None, str]:
@@ -165,11 +168,12 @@ def _between(x: Array, y: Array, right: int, at: float) -> float:
     return total / weights
 
 
-def _point(lr: float, trials: Sequence[Trial]) -> Point:
+def _point(lr: float, trials: Sequence[Trial], without_offsets: Sequence[Trial]) -> Point:
     losses = [trial.loss for trial in trials if not trial.diverged]
     if not losses:
         return Point(lr, DIVERGED, DIVERGED, DIVERGED, len(trials), len(trials))
-    return Point(lr, fmean(losses), min(losses), max(losses), len(trials), len(trials) - len(losses))
+    mean = fmean(trial.loss for trial in without_offsets if not trial.diverged)
+    return Point(lr, mean, min(losses), max(losses), len(trials), len(trials) - len(losses))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_patch.errors import MegatronPatchError
+from megatron_patch.experiments.seeds import aligned
 from megatron_patch.experiments.surface import Surface, fit, outliers
 from megatron_patch.experiments.trials import Trial
 
@@ -34,7 +35,7 @@ class Optimum:
     high: float
     """The 90% bootstrap interval is [low, high], in log2(LR)."""
     loss: float
-    """Fitted loss at the optimum; an LR that was not trained, so somewhat below the best of the sweep as a rule."""
+    """Fitted loss at the optimum, an LR that was not trained."""
     curvature: float
     """Second derivative at the optimum, nats per octave squared; nan where only a best point is known."""
     points: int
@@ -112,7 +113,7 @@ def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
     """Return the optimal LR of one curve: trials that differ in LR and seed only.
 
     A quadratic in log2(LR) near the minimum (with a shrunk asymmetry), without the measurements that do not fit the
-    others; the interval is a bootstrap over seeds and points.
+    others; the interval is a bootstrap over seeds and points. What a seed adds to all losses is taken out (`seeds`).
 
     Args:
         trials: in any order, diverged ones included.
@@ -123,7 +124,8 @@ def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
             downwards, an interval wider than `WIDEST`, or trials of more than one curve.
     """
     _one_curve(trials, ("hidden_size", "weight_decay", "rule", "vector_lr", "steps"))
-    finite = [t for t in trials if not t.diverged]
+    raw = [t for t in trials if not t.diverged]
+    finite = aligned(raw)
     lrs = sorted({t.lr for t in finite})
     if len(lrs) < 3:
         shown = _listed(lrs) if lrs else "none"
@@ -135,8 +137,8 @@ def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
         )
     x, y = np.log2([[t.lr] for t in finite]), np.array([t.loss for t in finite])
     bad = set(outliers(x, y))
-    used, dropped = _split(finite, bad)
     kept = [i for i in range(len(finite)) if i not in bad]
+    used, dropped = tuple(finite[i] for i in kept), tuple(raw[i] for i in sorted(bad))
     partial = _best_point(used, dropped)
     assert partial is not None
     _check_edge(partial, used, trials)
@@ -178,7 +180,8 @@ def fit_lr_weight_decay(trials: Sequence[Trial], *, seed: int = 0) -> Ridge:
             that bends downwards, or an LR interval wider than `WIDEST`: a ridge too flat to choose a point on it.
     """
     _one_curve(trials, ("hidden_size", "rule", "vector_lr", "steps"))
-    finite = [t for t in trials if not t.diverged and t.weight_decay is not None and t.weight_decay > 0]
+    raw = [t for t in trials if not t.diverged and t.weight_decay is not None and t.weight_decay > 0]
+    finite = aligned(raw)
     lrs, decays = sorted({t.lr for t in finite}), sorted({t.weight_decay or 0.0 for t in finite})
     best = _best_pair(finite)
     if len(lrs) < 3 or len(decays) < 3:
@@ -198,8 +201,8 @@ def fit_lr_weight_decay(trials: Sequence[Trial], *, seed: int = 0) -> Ridge:
     x = np.log2([[t.lr, t.weight_decay or math.nan] for t in finite])
     y = np.array([t.loss for t in finite])
     bad = set(outliers(x, y))
-    used, dropped = _split(finite, bad)
     kept = [i for i in range(len(finite)) if i not in bad]
+    used, dropped = tuple(finite[i] for i in kept), tuple(raw[i] for i in sorted(bad))
     surface = fit(x[kept], y[kept], seed=seed)
     lowest = min(used, key=lambda t: t.loss)
     if surface is None:
@@ -292,11 +295,6 @@ def _one_curve(trials: Sequence[Trial], same: Sequence[str]) -> None:
         if len(values) > 1:
             shown = ", ".join(sorted(map(str, values)))
             raise NoOptimum(f"the trials differ in {name} ({shown})", "fit them one by one")
-
-
-def _split(trials: Sequence[Trial], bad: set[int]) -> tuple[tuple[Trial, ...], tuple[Trial, ...]]:
-    used = tuple(t for i, t in enumerate(trials) if i not in bad)
-    return used, tuple(trials[i] for i in sorted(bad))
 
 
 def _levels(trials: Sequence[Trial]) -> dict[float, float]:

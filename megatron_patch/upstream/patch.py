@@ -226,9 +226,9 @@ class _Run:
     def wrap_scheduler(self, original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
-        from megatron_patch.upstream.scheduler import scheduler_factory
+        from megatron_patch.upstream.scheduler import scheduler_class
 
-        return scheduler_factory(self.settings, get_args)
+        return scheduler_class(self.settings, get_args)
 
     def wrap_checkpoint_check(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Compare before Megatron fits what it reads into this run's param groups, where it would find but a misfit."""

@@ -156,23 +156,24 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         self.step(0)
 
 
-def scheduler_factory(settings: Settings, get_args: Callable[[], Any]) -> Callable[..., WidthTransferScheduler]:
-    """Return what replaces Megatron's scheduler class: a constructor with the same parameters.
+def scheduler_class(settings: Settings, get_args: Callable[[], Any]) -> type[WidthTransferScheduler]:
+    """Return what replaces Megatron's scheduler class: one whose constructor has the same parameters.
 
     Args:
         settings: the warmup and the rule.
         get_args: Megatron's `get_args`, called when the scheduler is built.
     """
 
-    def build(*args: Any, **kwargs: Any) -> WidthTransferScheduler:
-        arguments = get_args()
-        warmup = ExtraWarmup(
-            kind=settings.warmup.kind,
-            scope=settings.warmup.scope,
-            m=arguments.hidden_size / (settings.width.base_hidden_size or arguments.hidden_size),
-            steps=warmup_steps(settings, arguments),
-            accept_other_checkpoints=settings.width.override,
-        )
-        return WidthTransferScheduler(*args, warmup=warmup, **kwargs)
+    class ConfiguredScheduler(WidthTransferScheduler):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            arguments = get_args()
+            warmup = ExtraWarmup(
+                kind=settings.warmup.kind,
+                scope=settings.warmup.scope,
+                m=arguments.hidden_size / (settings.width.base_hidden_size or arguments.hidden_size),
+                steps=warmup_steps(settings, arguments),
+                accept_other_checkpoints=settings.width.override,
+            )
+            super().__init__(*args, warmup=warmup, **kwargs)
 
-    return build
+    return ConfiguredScheduler

@@ -371,22 +371,56 @@ SOURCES = {
 }
 
 
-def fingerprints() -> dict[str, str]:
-    """In a worker: the same of the installed Megatron."""
+DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+# The same of what the CPU platform replaces in Megatron (upstream/cpu_megatron.py).
+STOOD_IN_FOR = {
+    "megatron.training.initialize:_warmup_jit_function": "e7c1707d8b9b",
+    "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": "8fc5847a887d",
+    f"{DISTRIBUTED_OPTIMIZER}.state_dict": "fe621ae6a622",
+    f"{DISTRIBUTED_OPTIMIZER}._set_main_param_and_optimizer_states": "40cab7846597",
+    f"{DISTRIBUTED_OPTIMIZER}.load_state_dict": "7e5f988b86b4",
+    "megatron.core.tensor_parallel.mappings:_gather_along_first_dim": "44633fe36d60",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state": "b179c9d95438",
+    "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__": "e3b2175ddc1a",
+}
+
+
+def fingerprint(original: Any) -> str:
+    return hashlib.sha256(inspect.getsource(original).encode()).hexdigest()[:12]
+
+
+def fingerprints() -> tuple[dict[str, str], dict[str, str]]:
+    """In a worker: both tables for the installed Megatron."""
     import importlib
 
+    from megatron_patch.upstream import cpu_platform
+    from megatron_patch.upstream.cpu_megatron import MEGATRON_STAND_INS
     from megatron_patch.upstream.patch import entry_hooks, feature_hooks
 
-    found = {}
+    hooked = {}
     for h in [*entry_hooks([]), *feature_hooks(EVERYTHING)]:
         module, _, name = h.target.partition(":")
-        source = inspect.getsource(getattr(importlib.import_module(module), name))
-        found[h.target] = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return found
+        hooked[h.target] = fingerprint(getattr(importlib.import_module(module), name))
+    cpu_platform.activate().deactivate()  # it is live in every worker
+    stood_in_for = {}
+    for stand_in in MEGATRON_STAND_INS:
+        owner, name, original = cpu_platform._resolve(stand_in.target)
+        stood_in_for[stand_in.target] = fingerprint(owner if name == "__new__" else original)  # a class, as a whole
+    return hooked, stood_in_for
 
 
 def test_hooked_functions_are_those_we_have_read(pool: Pool) -> None:
-    assert pool.run(fingerprints, distributed=False) == [SOURCES]
+    ((hooked, stood_in_for),) = pool.run(fingerprints, distributed=False)
+    changed = [
+        f"{target} is now {found.get(target)}: reread it and what replaces it in upstream/{file}, then correct {table}"
+        for found, read, file, table in (
+            (hooked, SOURCES, "patch.py", "SOURCES"),
+            (stood_in_for, STOOD_IN_FOR, "cpu_megatron.py", "STOOD_IN_FOR"),
+        )
+        for target in sorted({*found, *read})
+        if found.get(target) != read.get(target)
+    ]
+    assert not changed, "\n".join(changed)
 
 
 def second_installation() -> str:
