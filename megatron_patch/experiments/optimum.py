@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_patch.errors import MegatronPatchError
-from megatron_patch.experiments.seeds import aligned
+from megatron_patch.experiments.seeds import aligned, informative
 from megatron_patch.experiments.surface import Surface, fit, outliers
 from megatron_patch.experiments.trials import Trial
 
@@ -124,7 +124,7 @@ def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
             downwards, an interval wider than `WIDEST`, or trials of more than one curve.
     """
     _one_curve(trials, ("hidden_size", "weight_decay", "rule", "vector_lr", "steps"))
-    raw = [t for t in trials if not t.diverged]
+    raw = informative([t for t in trials if not t.diverged])
     finite = aligned(raw)
     lrs = sorted({t.lr for t in finite})
     if len(lrs) < 3:
@@ -180,7 +180,7 @@ def fit_lr_weight_decay(trials: Sequence[Trial], *, seed: int = 0) -> Ridge:
             that bends downwards, or an LR interval wider than `WIDEST`: a ridge too flat to choose a point on it.
     """
     _one_curve(trials, ("hidden_size", "rule", "vector_lr", "steps"))
-    raw = [t for t in trials if not t.diverged and t.weight_decay is not None and t.weight_decay > 0]
+    raw = informative([t for t in trials if not t.diverged and t.weight_decay is not None and t.weight_decay > 0])
     finite = aligned(raw)
     lrs, decays = sorted({t.lr for t in finite}), sorted({t.weight_decay or 0.0 for t in finite})
     best = _best_pair(finite)

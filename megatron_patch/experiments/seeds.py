@@ -12,7 +12,11 @@ from statistics import fmean, median
 
 from megatron_patch.experiments.trials import Trial
 
-type _Point = tuple[float, float | None]
+SHORTEST = 3
+"""Pairs that one seed must have for it to be a curve that others can be compared with."""
+
+type _Losses = dict[tuple[float, float | None], float]
+"""(LR, weight decay) -> loss."""
 
 
 def aligned(trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -22,19 +26,39 @@ def aligned(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     have. They are shifted so that the mean of all losses stays. Where every seed has every pair, the means over seeds
     change by one constant. A seed that shares nothing with that one is left as it is.
     """
-    losses: dict[int | None, dict[_Point, float]] = defaultdict(dict)
-    for t in trials:
-        if not t.diverged:
-            losses[t.seed][t.lr, t.weight_decay] = t.loss
-    if len(losses) < 2:
-        return tuple(trials)
-    reference = losses[max(losses, key=lambda seed: len(losses[seed]))]
+    losses, reference = _by_seed(trials)
     offsets = {
-        seed: median(own[point] - reference[point] for point in own.keys() & reference.keys())
+        seed: median(own[pair] - reference[pair] for pair in shared)
         for seed, own in losses.items()
-        if own.keys() & reference.keys()
+        if (shared := own.keys() & reference.keys())
     }
+    if len(offsets) < 2:
+        return tuple(trials)
     shift = fmean(offsets[t.seed] for t in trials if not t.diverged and t.seed in offsets)
     return tuple(
         t if t.diverged or t.seed not in offsets else replace(t, loss=t.loss - offsets[t.seed] + shift) for t in trials
     )
+
+
+def informative(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials without the seeds whose one trial only tells their own offset.
+
+    Such a trial agrees with the others by construction, and to a fit it would look like a lack of noise.
+    """
+    losses, reference = _by_seed(trials)
+    silent = {
+        seed
+        for seed, own in losses.items()
+        if own is not reference and len(own) == 1 and own.keys() <= reference.keys()
+    }
+    return [t for t in trials if t.diverged or t.seed not in silent]
+
+
+def _by_seed(trials: Sequence[Trial]) -> tuple[dict[int | None, _Losses], _Losses]:
+    """Return the finite losses of each seed, and those of the seed that has the most; none where none has a curve."""
+    losses: dict[int | None, _Losses] = defaultdict(dict)
+    for t in trials:
+        if not t.diverged:
+            losses[t.seed][t.lr, t.weight_decay] = t.loss
+    most = max(losses.values(), key=len, default={})
+    return losses, most if len(most) >= SHORTEST else {}

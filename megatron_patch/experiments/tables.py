@@ -1,6 +1,7 @@
 """The numbers of runs as tables: what a report shows beside its pictures."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -202,7 +203,7 @@ def flags(run: Run) -> Table:
 def environment(run: Run) -> Table:
     """Return versions, parallel layout, and where the files are."""
     layout = ((f"ranks: {name}", size) for name, size in run.layout.items())
-    return _pairs("Versions, ranks, files", (*run.versions.items(), *layout, ("metrics folder", run.folder)))
+    return _pairs("Versions, ranks, files", (*run.versions.items(), *layout, ("metrics folder", os.path.relpath(run.folder))))
 
 
 def all_arguments(run: Run) -> Table:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.experiments.optimum import fit_lr
-from megatron_patch.experiments.seeds import aligned
+from megatron_patch.experiments.seeds import aligned, informative
 from megatron_patch.experiments.trials import Trial
 
 
@@ -57,3 +57,14 @@ def test_one_outlier_does_not_move_the_rest_of_its_seed() -> None:
     assert [b.loss - a.loss for a, b in zip(result[:6], result[6:], strict=True)] == pytest.approx(
         [0, 0, 3.0, 0, 0, 0], abs=1e-9
     )
+
+
+def test_a_seed_that_only_tells_its_own_offset_is_no_measure_of_noise() -> None:
+    whole, once, twice = curve(1, range(-9, -3)), curve(2, range(-6, -5), 0.1), curve(3, range(-7, -5), 0.1)
+    assert informative(whole + once + twice) == whole + twice
+    elsewhere = curve(2, range(-12, -11), 0.1)  # an LR of its own
+    assert informative(whole + elsewhere) == whole + elsewhere
+    noisy = [replace(t, loss=t.loss + (-1) ** i * 0.004) for i, t in enumerate(whole)]
+    assert fit_lr(noisy + once).width == fit_lr(noisy).width
+    each_its_own = [replace(t, seed=i) for i, t in enumerate(whole + curve(1, range(-9, -3), 0.01))]
+    assert informative(each_its_own) == each_its_own == list(aligned(each_its_own))
