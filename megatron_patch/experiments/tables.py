@@ -203,7 +203,8 @@ def flags(run: Run) -> Table:
 def environment(run: Run) -> Table:
     """Return versions, parallel layout, and where the files are."""
     layout = ((f"ranks: {name}", size) for name, size in run.layout.items())
-    return _pairs("Versions, ranks, files", (*run.versions.items(), *layout, ("metrics folder", os.path.relpath(run.folder))))
+    files = ("metrics folder", os.path.relpath(run.folder))
+    return _pairs("Versions, ranks, files", (*run.versions.items(), *layout, files))
 
 
 def all_arguments(run: Run) -> Table:
