@@ -147,7 +147,7 @@ def _fit(x: Array, y: Array, highest: int | None = None) -> _Fit:
         weakness = (1 + (rise / (bend * REACH**2)) ** POWER) / np.sqrt(counts)
         scale = np.concatenate([sigma * weakness, bend * np.array([BENDS[d] for d in degrees[shrunk]])])
         rows = np.concatenate([design, prior]) / scale[:, None]
-        solve = np.linalg.solve(rows.T @ rows, rows.T)
+        solve = np.linalg.pinv(rows)  # places on a line leave a surface open across it
         coefficients = solve @ (values / scale)
         residuals = (means - design @ coefficients) / weakness
         freedom = max(n - float(np.sum(rows[:n] * solve[:, :n].T)), 0.0)
@@ -214,6 +214,8 @@ def outliers(x: Array, y: Array) -> list[int]:
 def _surprise(x: Array, y: Array, kept: list[int], i: int) -> tuple[float, float]:
     """Residual of measurement i predicted from the others, over its standard deviation; and degrees of freedom."""
     rest = [j for j in kept if j != i]
+    if len(np.unique(x[rest], axis=0)) < len(_monomials(x.shape[1], 2)):
+        return 0.0, 1.0  # a quadratic takes any loss at this place
     fitted = _fit(x[rest], y[rest], 3)
     row = _design(x[[i]] - fitted.center, 3)[0]
     predicted = float(row @ fitted.coefficients)
