@@ -13,34 +13,8 @@ EMA_SOURCE = "arXiv 2405.13698, EMA time-scale"
 DEPTH_SOURCE = "arXiv 2505.01618, table 1 with alpha = 1/2"
 
 
-def ema_timescale(batch: float, lr: float, weight_decay: float, data: float) -> float:
-    """Return the time-scale of the average that AdamW's weights are, as a part of the training.
-
-        tau = B / (eta * lambda * D)
-
-    which is 1 / (eta * lambda) steps over D / B steps. Wang and Aitchison find its optimum to hold across
-    model and data sizes.
-
-    Args:
-        batch: B, tokens (or samples) a step.
-        lr: eta, the peak LR.
-        weight_decay: lambda, as PyTorch's AdamW has it.
-        data: D, the tokens (or samples) of the whole training.
-
-    Source: arXiv 2405.13698 (in epochs there; here in trainings).
-
-    Raises:
-        ValueError: an argument that is not positive.
-
-    >>> ema_timescale(batch=512, lr=0.01, weight_decay=0.1, data=512 * 10_000)
-    0.1
-    """
-    _check_positive(batch=batch, lr=lr, weight_decay=weight_decay, data=data)
-    return batch / (lr * weight_decay * data)
-
-
 def weight_decay_factor(batch_ratio: float, data_ratio: float, lr_ratio: float = 1.0) -> float:
-    """Return the factor on the weight decay that keeps `ema_timescale`.
+    """Return the factor on the weight decay that keeps `equilibrium.ema_time_scale`, tau = B / (eta * lambda * D).
 
         lambda_target / lambda_proxy = (B_target / B_proxy) / ((D_target / D_proxy) * (eta_target / eta_proxy))
 

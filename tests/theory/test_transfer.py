@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.theory.equilibrium import ema_time_scale
 from megatron_patch.theory.transfer import (
     batch_lr_factor,
     depth_lr_factor,
     depth_residual_factor,
-    ema_timescale,
     weight_decay_factor,
 )
 
@@ -21,14 +21,16 @@ positive = st.floats(1e-3, 1e3)
 def test_factor_keeps_the_timescale(
     batch: float, lr: float, decay: float, data: float, batches: float, more: float, lrs: float
 ) -> None:
-    before = ema_timescale(batch, lr, decay, data)
     factor = weight_decay_factor(batches, more, lrs)
-    assert ema_timescale(batch * batches, lr * lrs, decay * factor, data * more) == pytest.approx(before, rel=1e-9)
+    step = 1e-13  # the product of LR and decay is below 1 in any training
+    before = ema_time_scale(lr * step, decay, batch, data)
+    after = ema_time_scale(lr * lrs * step, decay * factor, batch * batches, data * more)
+    assert after == pytest.approx(before, rel=1e-9)
 
 
 def test_timescale_is_a_part_of_the_training() -> None:
     """1 / (lr * decay) steps: 1 / (0.01 * 0.1) = 1,000 of 4,000."""
-    assert ema_timescale(batch=8, lr=0.01, weight_decay=0.1, data=8 * 4000) == pytest.approx(0.25)
+    assert ema_time_scale(lr=0.01, weight_decay=0.1, batch_size=8, data_size=8 * 4000) == pytest.approx(0.25)
 
 
 @given(positive, positive)
@@ -54,7 +56,9 @@ def test_what_is_not_positive_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not a positive number"):
         batch_lr_factor("sqrt", bad)
     with pytest.raises(ValueError, match="not a positive number"):
-        ema_timescale(1, bad, 1, 1)
+        weight_decay_factor(1, bad)
+    with pytest.raises(ValueError, match="expected both"):
+        ema_time_scale(bad, 1)
 
 
 def test_unknown_names_are_refused() -> None:
