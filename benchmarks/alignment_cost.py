@@ -98,8 +98,8 @@ class Turns:
         from megatron.training import get_args
 
         from megatron_patch.config import MetricsConfig, WidthConfig
-        from megatron_patch.upstream.parameters import describe
-        from megatron_patch.upstream.step import AlignmentMonitor
+        from megatron_patch.upstream.monitor.monitor import AlignmentMonitor
+        from megatron_patch.upstream.width.parameters import describe
 
         parameters = list(describe(model, get_model_config(model[0]), WidthConfig(), parallel_state))
         for kind, spectral in ((KINDS[1], 0), (KINDS[2], 1)):
@@ -195,12 +195,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
 
-    from megatron_patch.upstream.cpu_platform import activate
+    from megatron_patch.upstream.cpu.platform import activate
 
     activate()
     from megatron.training import training
 
-    from megatron_patch.run import run
+    from megatron_patch.entry.run import run
 
     train_step, train = training.train_step, training.train
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:

@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
 
-    from megatron_patch.upstream.cpu_platform import activate
+    from megatron_patch.upstream.cpu.platform import activate
 
     activate()
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training import training
 
-    from megatron_patch.run import run
+    from megatron_patch.entry.run import run
 
     steps: list[float] = []
     seen: dict[str, Any] = {}

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.experiments.corpus import open_corpus
-from megatron_patch.experiments.preprocess import preprocess
-from megatron_patch.experiments.tokenizer import load_tokenizer, train_tokenizer
+from megatron_patch.data.corpus import open_corpus
+from megatron_patch.data.preprocess import preprocess
+from megatron_patch.data.tokenizer import load_tokenizer, train_tokenizer
 
 
 def write_jsonl(path: Path, megabytes: float) -> None:

@@ -8,16 +8,17 @@ In code, for a script of your own that calls Megatron's `pretrain` (`python -m m
         args = parse_and_validate_args()
         pretrain(...)
 
-Importing this package imports nothing else; `install` does.
+Importing this package imports nothing of Megatron or torch; `install` does.
 """
 
 from typing import TYPE_CHECKING
 
+from megatron_patch.version import __version__
+
 if TYPE_CHECKING:
-    from megatron_patch.in_code import Patch
+    from megatron_patch.entry.install import Patch
 
 __all__ = ["__version__", "install", "uninstall"]
-__version__ = "0.1.0"
 
 
 def install(*, cpu: bool = False, allow_untested_megatron: bool = False) -> "Patch":
@@ -37,7 +38,7 @@ def install(*, cpu: bool = False, allow_untested_megatron: bool = False) -> "Pat
             a CPU platform where CUDA is present. Later, from Megatron's own functions: `ConfigError` for flags that
             cannot be honoured, `AuditError` for an optimizer that does not hold what was asked for.
     """
-    from megatron_patch.in_code import Patch
+    from megatron_patch.entry.install import Patch
 
     return Patch(cpu=cpu, allow_untested_megatron=allow_untested_megatron)
 
@@ -48,6 +49,6 @@ def uninstall() -> None:
     Raises:
         MegatronPatchError: nothing is installed; as `UpstreamChanged`, somebody has hooked Megatron on top of us.
     """
-    from megatron_patch.in_code import Patch
+    from megatron_patch.entry.install import Patch
 
     Patch.installed().remove()

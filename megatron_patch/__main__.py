@@ -2,8 +2,8 @@
 
 import sys
 
-from megatron_patch.explain import explain
-from megatron_patch.run import USAGE, run
+from megatron_patch.entry.explain import explain
+from megatron_patch.entry.run import USAGE, run
 
 
 def main() -> None:

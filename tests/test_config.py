@@ -19,7 +19,7 @@ from megatron_patch.config import BASE_DIMENSIONS, Settings, WarmupConfig, Width
 from megatron_patch.errors import ConfigError
 from megatron_patch.theory.width import ROLES, RULES, Rule, multipliers
 from megatron_patch.upstream import flags
-from tests.pool import Pool
+from tests.support.pool import Pool
 
 # The table of the interface, which is fixed: a new flag is a decision, to be made there first.
 FLAGS = {

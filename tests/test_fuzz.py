@@ -1,7 +1,7 @@
 """Any flags and any damaged file: accepted, or refused in one line with exit code 2; no traceback, nothing written.
 
-Fuzzed elsewhere: YAML files of flags and Megatron's own flags (tests/test_run.py), our flags with values of the right
-type (tests/test_config.py).
+Fuzzed elsewhere: YAML files of flags and Megatron's own flags (tests/entry/test_run.py), our flags with values of
+the right type (tests/test_config.py).
 """
 
 import ast
@@ -22,16 +22,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.runs import read_run
-from megatron_patch.experiments.sweep_axes import safe_name
-from megatron_patch.experiments.trials import COLUMNS, read_trials
-from megatron_patch.metrics.sinks import JsonLines
+from megatron_patch.files.json_lines import JsonLines
+from megatron_patch.runs.read import read_trials
+from megatron_patch.runs.run import read_run
+from megatron_patch.runs.trial import COLUMNS
+from megatron_patch.sweep.axes import safe_name
 from megatron_patch.upstream import flags
-from tests.experiments.run_folders import write_events, write_hyperparameters, write_metrics, write_record
-from tests.pool import ROOT, Pool
+from tests.entry.test_run import commands
+from tests.support.pool import ROOT, Pool
+from tests.support.run_folders import write_events, write_hyperparameters, write_metrics, write_record
+from tests.support.training import TINY
 from tests.test_config import parser
-from tests.test_run import commands
-from tests.training import TINY
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 

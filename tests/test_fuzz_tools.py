@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.optimum import NoOptimum
-from megatron_patch.experiments.sweep_file import read_sweep
-from megatron_patch.experiments.transfer_config import Options
-from megatron_patch.experiments.transfer_output import convert
-from megatron_patch.experiments.trials import Trial, to_csv
-from megatron_patch.yaml_flags import load_yaml
-from tests.pool import ROOT
+from megatron_patch.files.yaml_flags import load_yaml
+from megatron_patch.fit.optimum import NoOptimum
+from megatron_patch.runs.trial import Trial, to_csv
+from megatron_patch.sweep.file import read_sweep
+from megatron_patch.transfer.convert import convert
+from megatron_patch.transfer.plan import Options
+from tests.support.pool import ROOT
 
 quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -1,14 +1,14 @@
-"""The dependency rule of the package, read off its source: who may import whom, who may assign to foreign names.
+"""The walls of the house, read off its source: who may import whom, who may assign to foreign names, how big a room is.
 
-    errors, config, files  <-  theory  <-  metrics  <-  upstream  <-  experiments  <-  explain, run, in_code  <-  tools
-
-Each layer imports from those to its left only. `theory` is the standard library alone; `metrics` adds torch; `upstream`
-alone imports Megatron, DeepSpeed or Transformer Engine, assigns to names that are not ours, and installs hooks.
+`FLOORS` is the rule, to be read as documentation; docs/architecture.md shows it as a picture and is held to it here.
 """
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,48 +20,76 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )
-FORBIDDEN = ("megatron", "deepspeed", "transformer_engine")
-LAYERS = ("base", "theory", "metrics", "upstream", "experiments", "entry", "script")
-# What each layer may import from outside the standard library and this package; None: anything but FORBIDDEN.
-THIRD_PARTY: dict[str, tuple[str, ...] | None] = {
-    "base": (),
-    "theory": (),
-    "metrics": ("torch",),
-    "upstream": (
-        "torch",
-        "numpy",
-        "packaging",
-        *FORBIDDEN,
-    ),  # packaging: the versions Megatron compares are its objects
-    "experiments": None,
-    "entry": None,
-    "script": None,
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A folder of the package, or a module at its top."""
+
+    why: str
+    imports: str = ""
+    """Which floors it may import from, beside itself."""
+    packages: str = ""
+    """Which packages from outside it may import, beside the standard library."""
+
+
+FLOORS = {
+    "theory": Floor("the papers' rules, schedules and models: numbers in, numbers out"),
+    "version": Floor("the one version number"),
+    "errors": Floor("what a user can do wrong, in one text format"),
+    "files": Floor(
+        "what a run writes and a user types: type, writer, reader, constants together", "errors version", "yaml"
+    ),
+    "config": Floor("our flags as values that know what contradicts what", "errors"),
+    "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files", "torch"),
+    "upstream": Floor(
+        "the hooks: the only place that knows Megatron, DeepSpeed and Transformer Engine",
+        "errors theory files config metrics",
+        # packaging: the versions that Megatron compares are its objects
+        "torch packaging megatron",
+    ),
+    "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
+    "fit": Floor("where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy"),
+    "data": Floor(
+        "from text to tokens",
+        "errors files upstream",
+        "datasets fsspec numpy pyarrow sentencepiece transformers rich",
+    ),
+    "sweep": Floor("many runs over a grid or a search", "errors files runs", "optuna rich yaml"),
+    "transfer": Floor("from a sweep to the target's config", "errors theory files config runs fit", "yaml rich"),
+    "report": Floor(
+        "runs and sweeps as one page",
+        "errors theory files runs fit",
+        "matplotlib jinja2 markupsafe numpy rich",
+    ),
+    "entry": Floor(
+        "the commands",
+        "version errors theory files upstream report",
+        "rich",
+    ),
 }
-# The one module of its layer with a need of its own.
-ALSO_ALLOWED = {"megatron_patch/yaml_flags.py": ("yaml",)}
+SCRIPTS = "errors theory files config data fit runs sweep transfer report entry"
+"""What the scripts in tools/ may import; one in launch/ is an ordinary Megatron script, as anybody's own is."""
+MEGATRON_SCRIPT = "launch/pretrain_gpt.py"
 # The one place that runs before the flags are known, and the one that runs when they are: which hooks a run needs is
 # known only inside Megatron's own validation, long after run.py has handed over to the script.
 INSTALLERS = (
-    "megatron_patch/run.py",
-    "megatron_patch/explain.py",
-    "megatron_patch/in_code.py",
+    "megatron_patch/entry/run.py",
+    "megatron_patch/entry/explain.py",
+    "megatron_patch/entry/install.py",
     "megatron_patch/upstream/patch.py",
 )
-# Importing it imports nothing; its functions import what they offer when they are called.
-FRONT_DOOR = "megatron_patch/__init__.py"
-# An ordinary Megatron script: it is Megatron's user as anybody's own script is, and not part of the package.
-MEGATRON_SCRIPT = "launch/pretrain_gpt.py"
 # Running a script as if it had been started directly is what run.py is for.
-OWN_INTERPRETER = {"megatron_patch/run.py": {"sys"}}
+OWN_INTERPRETER = {"megatron_patch/entry/run.py": {"sys"}}
 LONGEST = 400
+LARGEST_ROOM = 0.29
+"""Of the lines of the package, in one folder."""
 
 
-def layer_of(module: str) -> str:
-    """The layer of a module of this package, by its dotted name."""
-    part = module.split(".")[1] if "." in module else ""
-    if part in LAYERS:
-        return part
-    return "entry" if part in ("run", "__main__", "explain", "in_code") else "base"
+def floor_of(module: str) -> str:
+    """The floor of a module of this package, by its dotted name; the front door and __main__ belong to the entry."""
+    part = [*module.split("."), ""][1]
+    return part if part in FLOORS else "entry"
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -122,19 +150,18 @@ def breaches(path: str, source: str) -> list[str]:
     tree = ast.parse(source)
     inside = path.startswith("megatron_patch/")
     dotted = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    layer = "entry" if path == FRONT_DOOR else layer_of(dotted) if inside else "script"
+    room = floor_of(dotted) if inside else "script"
+    floor = FLOORS[room] if inside else Floor("", SCRIPTS)
     found = []
     for line, module in imports(tree):
         top = module.partition(".")[0]
         if top == "megatron_patch":
-            theirs = layer_of(module)
-            if LAYERS.index(theirs) > LAYERS.index(layer) or (layer, theirs) == ("theory", "base"):
-                found.append(f"{path}:{line}: {layer} imports {module}, which is above it")
-        elif top not in sys.stdlib_module_names and path != MEGATRON_SCRIPT:
-            allowed = THIRD_PARTY[layer]
-            if top in FORBIDDEN if allowed is None else top not in (*allowed, *ALSO_ALLOWED.get(path, ())):
-                found.append(f"{path}:{line}: {layer} imports {module}")
-    if layer != "upstream" and path != MEGATRON_SCRIPT:
+            theirs = floor_of(module)
+            if theirs not in (room, *floor.imports.split()):
+                found.append(f"{path}:{line}: {room} may not import {module}")
+        elif top not in sys.stdlib_module_names and path != MEGATRON_SCRIPT and top not in floor.packages.split():
+            found.append(f"{path}:{line}: {room} may not import {module}")
+    if room != "upstream" and path != MEGATRON_SCRIPT:
         foreign = foreign_names(tree)
         for line, name in assigned_attributes(tree):
             if name in foreign and name not in OWN_INTERPRETER.get(path, ()):
@@ -154,45 +181,82 @@ def test_every_file_keeps_the_rule(path: Path) -> None:
     assert breaches(str(path.relative_to(ROOT)), path.read_text()) == []
 
 
-def test_all_layers_are_there() -> None:
+def _modules() -> dict[str, Path]:
+    """The package's modules by their dotted names; a folder's name is its __init__."""
+    inside = (path for path in SOURCES if path.is_relative_to(ROOT / "megatron_patch"))
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in inside}
+
+
+def test_every_floor_is_there() -> None:
     """An empty list of files would keep every rule."""
-    layers = {layer_of(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in SOURCES if "tools" not in p.parts}
-    assert {"base", "theory", "metrics", "upstream", "experiments", "entry"} <= layers
-    assert {"tools", "launch"} <= {p.relative_to(ROOT).parts[0] for p in SOURCES}
+    assert {floor_of(module) for module in _modules()} == set(FLOORS)
+    assert {"tools", "launch"} <= {path.relative_to(ROOT).parts[0] for path in SOURCES}
+
+
+def test_every_permission_is_used() -> None:
+    """The table says what is, not what might be."""
+    used: dict[str, set[str]] = {room: set() for room in FLOORS}
+    for dotted, path in _modules().items():
+        for _, module in imports(ast.parse(path.read_text())):
+            top = module.partition(".")[0]
+            used[floor_of(dotted)].add(floor_of(module) if top == "megatron_patch" else top)
+    unused = {
+        room: sorted(set(f"{floor.imports} {floor.packages}".split()) - used[room]) for room, floor in FLOORS.items()
+    }
+    assert {room: names for room, names in unused.items() if names} == {}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    modules = _modules()
+    graph: dict[str, set[str]] = {}
+    for dotted, path in modules.items():
+        named = {module for _, module in imports(ast.parse(path.read_text()))}
+        # `from a.b import c` imports a.b.c, if that is a module, else a.b.
+        graph[dotted] = {m if m in modules else m.rpartition(".")[0] for m in named} & set(modules) - {dotted}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_room_is_too_big() -> None:
+    lines = Counter[str]()
+    for dotted, path in _modules().items():
+        lines[floor_of(dotted)] += len(path.read_text().splitlines())
+    room, size = lines.most_common(1)[0]
+    assert size <= LARGEST_ROOM * lines.total(), f"{room} is {size / lines.total():.0%} of the package"
 
 
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("megatron_patch/theory/x.py", "import torch", "theory imports torch"),
-        ("megatron_patch/theory/x.py", "def f():\n    import numpy as np", "theory imports numpy"),
-        ("megatron_patch/theory/x.py", "from megatron_patch.errors import ConfigError", "above it"),
-        ("megatron_patch/theory/x.py", "from megatron_patch.metrics import reduce", "above it"),
-        ("megatron_patch/metrics/x.py", "import megatron.core", "metrics imports megatron.core"),
-        ("megatron_patch/metrics/x.py", "from megatron_patch import upstream", "above it"),
+        ("megatron_patch/theory/x.py", "import torch", "theory may not import torch"),
+        ("megatron_patch/theory/x.py", "def f():\n    import numpy as np", "theory may not import numpy"),
+        ("megatron_patch/theory/x.py", "from megatron_patch.errors import ConfigError", "may not import"),
+        ("megatron_patch/theory/x.py", "from megatron_patch.metrics import reduce", "may not import"),
+        ("megatron_patch/metrics/x.py", "import megatron.core", "metrics may not import megatron.core"),
+        ("megatron_patch/metrics/x.py", "from megatron_patch import upstream", "may not import"),
         ("megatron_patch/metrics/x.py", "import torch\ntorch.add = None", "attribute of torch"),
+        ("megatron_patch/metrics/x.py", "from torch import Tensor as T\nsetattr(T, 'x', 1)", "of torch.Tensor"),
+        ("megatron_patch/config.py", "import yaml", "config may not import yaml"),
+        ("megatron_patch/files/x.py", "from megatron_patch.runs.trial import Trial", "files may not import"),
+        ("megatron_patch/report/x.py", "from megatron.training import get_args", "report may not import megatron"),
+        ("megatron_patch/report/x.py", "from megatron_patch.entry.run import run", "may not import"),
+        ("megatron_patch/fit/x.py", "from megatron_patch.sweep.engine import Engine", "fit may not import"),
         (
-            "megatron_patch/metrics/x.py",
-            "from torch import Tensor as T\nsetattr(T, 'x', 1)",
-            "attribute of torch.Tensor",
-        ),
-        ("megatron_patch/config.py", "import yaml", "base imports yaml"),
-        ("megatron_patch/config.py", "from megatron_patch.theory.width import RULES", "above it"),
-        ("megatron_patch/experiments/x.py", "from megatron.training import get_args", "experiments imports megatron"),
-        ("megatron_patch/experiments/x.py", "from megatron_patch.run import run", "above it"),
-        (
-            "megatron_patch/run.py",
+            "megatron_patch/entry/run.py",
             "import importlib\nimportlib.import_module('deepspeed.ops')",
-            "entry imports deepspeed",
+            "entry may not import deepspeed",
         ),
-        ("megatron_patch/run.py", "import json, torch\nx, torch.y = 1, 2", "attribute of torch"),
-        ("megatron_patch/upstream/x.py", "from megatron_patch.experiments import corpus", "above it"),
+        ("megatron_patch/entry/run.py", "import json, rich\nx, rich.y = 1, 2", "attribute of rich"),
+        ("megatron_patch/upstream/x.py", "from megatron_patch.data import corpus", "may not import"),
         (
             "megatron_patch/upstream/x.py",
             "from megatron_patch.upstream.hooks import install\ninstall(())",
             "calls install()",
         ),
-        ("tools/x.py", "import transformer_engine.pytorch as te", "script imports transformer_engine"),
+        ("tools/x.py", "import transformer_engine.pytorch as te", "script may not import transformer_engine"),
+        ("tools/x.py", "from megatron_patch.upstream import flags", "script may not import"),
         ("tools/x.py", "\n" * 400, "lines"),
     ],
 )
@@ -211,10 +275,10 @@ def test_every_breach_is_found(path: str, source: str, complaint: str) -> None:
         ),
         ("megatron_patch/upstream/x.py", "from megatron.training import training\ntraining.train = None"),
         (
-            "megatron_patch/experiments/x.py",
-            "import datasets\nfrom megatron_patch.upstream import indexed_dataset_builder",
+            "megatron_patch/data/x.py",
+            "import datasets\nfrom megatron_patch.upstream.datasets import indexed_dataset_builder",
         ),
-        ("megatron_patch/run.py", "import sys\nsys.argv = []\nself.x = 1"),
+        ("megatron_patch/entry/run.py", "import sys\nsys.argv = []\nself.x = 1"),
         ("launch/pretrain_gpt.py", "from megatron.core import utils\nutils.x = 1"),
     ],
 )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.pool import Pool, RankFailure
+from tests.support.pool import Pool, RankFailure
 
 
 def _sum_of_ranks(value: int) -> int:

@@ -4,10 +4,10 @@ import argparse
 import signal
 import sys
 
+from megatron_patch.data.corpus import open_corpus
+from megatron_patch.data.preprocess import preprocess
+from megatron_patch.data.tokenizer import load_tokenizer
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.corpus import open_corpus
-from megatron_patch.experiments.preprocess import preprocess
-from megatron_patch.experiments.tokenizer import load_tokenizer
 
 EXAMPLE = """example:
   python tools/preprocess_data.py --input 'corpus/*.jsonl.gz' --tokenizer-model data/code.model --append-eod \\

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.report import print_summary, write_report
-from megatron_patch.experiments.transfer_report import read_all
+from megatron_patch.report.page import print_summary, write_report
+from megatron_patch.report.sweep_section import read_all
 
 EXAMPLE = """examples:
   python tools/report.py runs/quickstart --output runs/quickstart/report.html

@@ -5,9 +5,9 @@ import signal
 import sys
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.sweep import run_sweep
-from megatron_patch.experiments.sweep_dry import show_sweep
-from megatron_patch.experiments.sweep_file import read_sweep
+from megatron_patch.sweep.engine import run_sweep
+from megatron_patch.sweep.file import read_sweep
+from megatron_patch.sweep.preview import show_sweep
 
 EXAMPLE = """example:
   python tools/sweep.py configs/sweep_example.yaml --dry-run

@@ -4,9 +4,9 @@ import argparse
 import signal
 import sys
 
+from megatron_patch.data.corpus import open_corpus
+from megatron_patch.data.tokenizer import train_tokenizer
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.corpus import open_corpus
-from megatron_patch.experiments.tokenizer import train_tokenizer
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input stdlib --vocab-size 4096 --sample-documents 400 --output-prefix data/code

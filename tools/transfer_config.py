@@ -5,10 +5,10 @@ import sys
 
 from megatron_patch.config import WARMUPS, WIDTH_RULES
 from megatron_patch.errors import ConfigError
-from megatron_patch.experiments.optimum import NoOptimum
-from megatron_patch.experiments.transfer_config import Options
-from megatron_patch.experiments.transfer_output import convert
+from megatron_patch.fit.optimum import NoOptimum
 from megatron_patch.theory.transfer import BATCH_RULES
+from megatron_patch.transfer.convert import convert
+from megatron_patch.transfer.plan import Options
 
 EXAMPLE = """example:
   python tools/transfer_config.py --sweep runs/sweep --target configs/target_7b_h100_bf16.yaml --output tuned.yaml

@@ -21,7 +21,8 @@ from megatron_patch.config import (
     flag,
 )
 from megatron_patch.errors import ConfigError
-from megatron_patch.metrics.reference import read_proxy
+from megatron_patch.metrics.alarm import read_proxy
+from megatron_patch.upstream.refusals import _check_optimizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -276,49 +277,6 @@ def _check_reference(metrics: MetricsConfig) -> None:
             "give the proxy's folder, or another --metrics-dir",
         )
     read_proxy(metrics.reference_run)
-
-
-def _check_optimizer(args: Any) -> None:
-    """Refuse what takes another path to the parameters than the param groups this package audits."""
-    if args.optimizer != "adam":
-        raise ConfigError(
-            "--optimizer",
-            args.optimizer,
-            "adam with width scaling, extra warmups or metrics: the rules are derived for AdamW"
-            " and Muon-like optimizers carry width factors of their own",
-            "use --optimizer adam or drop the width-transfer flags",
-        )
-    if not getattr(args, "decoupled_weight_decay", True):
-        raise ConfigError(
-            "decoupled_weight_decay",
-            False,
-            "True (AdamW): with L2 the product of LR and weight decay has no meaning",
-            "do not set it in the script",
-        )
-    for name, spelling, reason in (
-        (
-            "use_megatron_fsdp",
-            "--use-megatron-fsdp",
-            "it rebuilds the parameters and drops the attributes the rules read",
-        ),
-        ("use_torch_fsdp2", "--use-torch-fsdp2", "it rebuilds the parameters and drops the attributes the rules read"),
-        ("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
-    ):
-        if getattr(args, name, False):
-            raise ConfigError(
-                spelling, "given", f"not together with the width-transfer flags: {reason}", "drop one of the two"
-            )
-    for name, spelling in (
-        ("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
-        ("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
-    ):
-        if (getattr(args, name, 1) or 1) > 1:
-            raise ConfigError(
-                spelling,
-                getattr(args, name),
-                "1 with the width-transfer flags: weights sharded a second time have no known fan-in",
-                "set it to 1 or drop the width-transfer flags",
-            )
 
 
 def _check_learning_rates(args: Any, width: WidthConfig) -> None:

@@ -12,9 +12,22 @@ from typing import Any
 
 from megatron_patch.config import Settings
 from megatron_patch.errors import AuditError
-from megatron_patch.files import write_json
+from megatron_patch.files.run_json import RunRecord
+from megatron_patch.files.whole import write_json
 from megatron_patch.upstream import flags
-from megatron_patch.upstream.audit import (
+from megatron_patch.upstream.datasets import skip_compile_helpers
+from megatron_patch.upstream.hooks import Hook, Installation, argument, install
+from megatron_patch.upstream.monitor.monitor import AlignmentMonitor, watch
+from megatron_patch.upstream.record import (
+    ParameterClass,
+    hyperparameter_table,
+    live_values,
+    parameter_classes,
+    status_of,
+    writing,
+)
+from megatron_patch.upstream.refusals import check_supported
+from megatron_patch.upstream.width.audit import (
     adopt_live_groups,
     agree_on_errors,
     audit_build,
@@ -22,20 +35,8 @@ from megatron_patch.upstream.audit import (
     audit_schedule,
     check_checkpoint,
 )
-from megatron_patch.upstream.ending import status_of
-from megatron_patch.upstream.hooks import Hook, Installation, argument, install
-from megatron_patch.upstream.optimizer import Plan, config_overrides, initialise_by_fan_in, make_plan
-from megatron_patch.upstream.parameters import describe
-from megatron_patch.upstream.record import (
-    ParameterClass,
-    RunRecord,
-    hyperparameter_table,
-    live_values,
-    parameter_classes,
-    writing,
-)
-from megatron_patch.upstream.step import AlignmentMonitor, check_supported, watch
-from megatron_patch.upstream.wheel import skip_compile_helpers
+from megatron_patch.upstream.width.parameters import describe
+from megatron_patch.upstream.width.plan import Plan, config_overrides, initialise_by_fan_in, make_plan
 
 _TRAINING = "megatron.training.training"
 
@@ -226,7 +227,7 @@ class _Run:
     def wrap_scheduler(self, original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
-        from megatron_patch.upstream.scheduler import scheduler_class
+        from megatron_patch.upstream.width.scheduler import scheduler_class
 
         return scheduler_class(self.settings, get_args)
 

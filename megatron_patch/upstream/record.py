@@ -1,23 +1,15 @@
 """What a run leaves behind: hyperparameters.json, run.json, and LR and weight decay per class in Megatron's writers."""
 
-import datetime
-import importlib.metadata
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import megatron_patch
 from megatron_patch.errors import AuditError, ConfigError
-from megatron_patch.files import WriteTrouble, read_json, say, write_json
-from megatron_patch.upstream.audit import live_groups
-from megatron_patch.upstream.optimizer import Hyperparameters, Plan
-
-_PACKAGES = ("megatron-core", "torch", "deepspeed", "transformer-engine", "numpy")
+from megatron_patch.upstream.width.audit import live_groups
+from megatron_patch.upstream.width.plan import Hyperparameters, Plan
 
 
 @dataclass(frozen=True)
@@ -130,115 +122,6 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` if JSON can hold it, else its text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def versions() -> dict[str, str]:
-    """Return the installed versions of what decides a run's numbers."""
-    found = {"megatron-patch": megatron_patch.__version__, "python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-class RunRecord:
-    """run.json: what was run, with which versions and layout, and how it went; rewritten as a whole at every update.
-
-    Args:
-        directory: the metrics folder.
-        args: Megatron's arguments.
-        layout: sizes of the parallel groups, e.g. ``{"tensor": 2}``.
-        iteration: iterations completed before this start; evaluations of an earlier start up to here are kept.
-
-    Raises:
-        OSError: the file cannot be written at the start. Later that is a warning, and the next update writes it all.
-    """
-
-    def __init__(self, directory: str, args: Any, layout: Mapping[str, int], iteration: int) -> None:
-        self.path = os.path.join(directory, "run.json")
-        self._trouble = WriteTrouble(self.path)
-        self.content: dict[str, Any] = {
-            "status": "running",
-            "started": _now(),
-            "command": sys.argv,
-            "iteration": iteration,
-            "train_iterations": args.train_iters,
-            "final_loss": None,
-            "best_loss": None,
-            "train_loss": None,
-            "evaluations": self._earlier_evaluations(iteration),
-            "layout": dict(layout),
-            "versions": versions(),
-            "arguments": _plain(vars(args)),
-        }
-        self._summarise()
-        self.write()
-
-    def _earlier_evaluations(self, iteration: int) -> list[dict[str, Any]]:
-        if iteration == 0 or not os.path.exists(self.path):
-            return []
-        try:
-            return [e for e in read_json(self.path)["evaluations"] if e["iteration"] <= iteration and e["set"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            say(f"WARNING: {self.path}: damaged; the evaluations before iteration {iteration} are lost")
-            return []
-
-    def trained(self, iteration: int, losses: Mapping[str, Any]) -> None:
-        """Note the training losses of an iteration; in memory only."""
-        self.content["iteration"] = iteration
-        if losses:
-            self.content["train_loss"] = {name: float(value) for name, value in losses.items()}
-
-    def evaluated(self, iteration: int, on: str, losses: Mapping[str, float]) -> None:
-        """Add one evaluation, e.g. ``on="validation"``, and write if the disk lets us."""
-        entries = self.content["evaluations"]
-        entries[:] = [e for e in entries if (e["iteration"], e["set"]) != (iteration, on)]
-        entries.append({"iteration": iteration, "set": on, **losses})
-        self._summarise()
-        self._update()
-
-    def ended(self, status: str) -> None:
-        """Note how training ended, and write if the disk lets us.
-
-        Args:
-            status: ``finished``, ``stopped`` (at --exit-interval, say), ``diverged`` or ``failed``.
-        """
-        self.content["status"] = status
-        self._update()
-
-    def _summarise(self) -> None:
-        losses = [e["lm loss"] for e in self.content["evaluations"] if e["set"] == "validation" and "lm loss" in e]
-        if losses:
-            self.content["final_loss"] = losses[-1]
-            self.content["best_loss"] = min(losses)
-
-    def _update(self) -> None:
-        try:
-            self.write()
-        except OSError as error:
-            self._trouble.begins(error, "training goes on, and the next update writes all of it")
-        else:
-            self._trouble.ends("nothing is missing")
-
-    def write(self) -> None:
-        """Write the file.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        self.content["updated"] = _now()
-        write_json(self.path, self.content)
-
-
 def writing[Result](directory: str, step: Callable[[], Result]) -> Result:
     """Return what `step`, which begins files in the metrics folder, returns.
 
@@ -256,5 +139,46 @@ def writing[Result](directory: str, step: Callable[[], Result]) -> Result:
         ) from None
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def status_of(error: BaseException, last_losses: Mapping[str, float] | None) -> str:
+    """Return the status for run.json of a training that `error` ended.
+
+    ``stopped``: Megatron left by itself, as it does at --exit-interval. ``diverged``: a loss or gradient was NaN or Inf
+    and, where Megatron repeats the step to tell it from a broken machine, was so again. ``failed``: anything else.
+
+    Megatron's own way out after such a step ends in an arbitrary exception: it saves a checkpoint first, which without
+    --save is a TypeError (0.19.2). So its state is asked, not the exception.
+
+    Args:
+        error: what left Megatron's `train`.
+        last_losses: the training losses last seen; None if there were none.
+    """
+    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+
+    if isinstance(error, SystemExit) and not error.code:
+        return "stopped"
+    reproduced = (RerunState.WILL_RERUN_FROM_CHECKPOINT, RerunState.RERUNNING_FROM_CHECKPOINT)
+    rejected = get_rerun_state_machine().state in reproduced
+    # With --rerun-mode disabled the check raises this at once.
+    rejected |= isinstance(error, RuntimeError) and "Unexpected result" in str(error)
+    rejected |= not all(math.isfinite(loss) for loss in (last_losses or {}).values())
+    return "diverged" if rejected else "failed"
+
+
+def measured_folder() -> str | None:
+    """Return the metrics folder of the training that this process has done.
+
+    None if nothing was measured, on all ranks but the last, which keeps run.json, under --no-report, and if the script
+    did not get as far as parsing its arguments.
+    """
+    from megatron.training.global_vars import get_args
+
+    from megatron_patch.upstream.flags import settings_from_args
+
+    try:
+        args = get_args()
+    except AssertionError:  # Megatron's way to say that there are none
+        return None
+    metrics = settings_from_args(args).metrics
+    if not metrics.active or args.rank != args.world_size - 1 or getattr(args, "no_report", False):
+        return None
+    return metrics.directory

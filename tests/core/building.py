@@ -55,10 +55,10 @@ def build(settings: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_patch.config import WidthConfig
     from megatron_patch.errors import AuditError
-    from megatron_patch.upstream.audit import audit_build, audit_groups, audit_schedule, live_groups
-    from megatron_patch.upstream.optimizer import config_overrides, make_plan
-    from megatron_patch.upstream.parameters import describe
-    from megatron_patch.upstream.scheduler import ExtraWarmup, WidthTransferScheduler
+    from megatron_patch.upstream.width.audit import audit_build, audit_groups, audit_schedule, live_groups
+    from megatron_patch.upstream.width.parameters import describe
+    from megatron_patch.upstream.width.plan import config_overrides, make_plan
+    from megatron_patch.upstream.width.scheduler import ExtraWarmup, WidthTransferScheduler
 
     model, model_config = build_model()
     width = WidthConfig(settings["rule"], base_hidden_size=BASE_HIDDEN, base_dimensions={"ffn_hidden_size": BASE_FFN})
@@ -132,8 +132,8 @@ def build(settings: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    from megatron_patch.upstream.cpu_platform import CpuPlatform, prepare_environment
-    from megatron_patch.upstream.cpu_torch import TORCH_STAND_INS
+    from megatron_patch.upstream.cpu.platform import CpuPlatform, prepare_environment
+    from megatron_patch.upstream.cpu.torch_stand_ins import TORCH_STAND_INS
 
     prepare_environment()
     CpuPlatform(TORCH_STAND_INS)  # not those in Megatron, which are for 0.19

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_patch.upstream.hooks import SUPPORTED_CORE
 from tests.core.building import BASE_FFN, BASE_HIDDEN, BASE_LR, EPS, FFN, HIDDEN, MIN_LR, WEIGHT_DECAY
-from tests.pool import ROOT
+from tests.support.pool import ROOT
 
 
 def job(**settings: Any) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.faulty import LAST, iterations, metrics, start, tracker
-from tests.pool import Pool
-from tests.training import Outcome
+from tests.support.faulty import LAST, iterations, metrics, start, tracker
+from tests.support.pool import Pool
+from tests.support.training import Outcome
 
 
 @pytest.fixture(scope="session")

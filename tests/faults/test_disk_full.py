@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.faulty import LAST, SAVED, Killed, Patched, assert_same_end, iterations, start
-from tests.pool import Pool, RankFailure
-from tests.training import Outcome, Run
+from tests.support.faulty import LAST, SAVED, Killed, Patched, assert_same_end, iterations, start
+from tests.support.pool import Pool, RankFailure
+from tests.support.training import Outcome, Run
 
 FULL = 4  # the iteration from which there is no room, and
 ROOM = 6  # from which there is again
@@ -30,7 +30,7 @@ class Full(Patched):
     folder: Path
 
     def before_arguments(self) -> None:
-        from megatron_patch.metrics.sinks import JsonLines
+        from megatron_patch.files.json_lines import JsonLines
         from megatron_patch.upstream import record
 
         super().before_arguments()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.faulty import LAST, SAVED, assert_same_end, die, iterations, start, tracker
-from tests.pool import Pool
-from tests.training import Outcome
+from tests.support.faulty import LAST, SAVED, assert_same_end, die, iterations, start, tracker
+from tests.support.pool import Pool
+from tests.support.training import Outcome
 
 # What is going on, the rank that is killed (the last one writes the metrics), and the iteration.
 CASES = {"step": (0, 5), "save": (1, 2 * SAVED), "alignment": (1, 5)}

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.run import yaml_arguments
-from megatron_patch.upstream.cpu_platform import cpu_arguments
+from megatron_patch.entry.run import yaml_arguments
+from megatron_patch.files.yaml_flags import load_yaml
+from megatron_patch.upstream.cpu.platform import cpu_arguments
 from megatron_patch.upstream.flags import add_arguments, validate
-from megatron_patch.yaml_flags import load_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORLD_SIZES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.experiments.trials import read_csv
-from megatron_patch.yaml_flags import load_yaml
+from megatron_patch.files.yaml_flags import load_yaml
+from megatron_patch.runs.trial import read_csv
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ import torch
 
 from megatron_patch.metrics.meter import SLOTS
 from megatron_patch.metrics.probes import sample_positions
-from tests.metrics.sharded_model import LAYERS, LR, SAMPLED, TOKENS, WEIGHT_DECAY, full_model, measure, part_of_rows
-from tests.pool import Pool
+from tests.support.pool import Pool
+from tests.support.sharded_model import LAYERS, LR, SAMPLED, TOKENS, WEIGHT_DECAY, full_model, measure, part_of_rows
 
 
 def reference(dp: int, idle: str = "") -> dict[str, dict[str, float]]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.pool import Pool
-from tests.training import TINY, Run, train
-from tests.upstream.monitored import Monitored, read_lines
-from tests.upstream.reference import Model, local_spec_name
-from tests.upstream.test_step import (
+from tests.support.monitored import Monitored, read_lines
+from tests.support.pool import Pool
+from tests.support.reference import Model, local_spec_name
+from tests.support.training import TINY, Run, train
+from tests.upstream.monitor.test_step import (
     DISTRIBUTED,
     EP2,
     LATENT,
@@ -42,8 +42,8 @@ class WithTE(Monitored):
 
     def before_arguments(self) -> None:
         super().before_arguments()
-        from megatron_patch.upstream import cpu_platform
-        from tests import training
+        from megatron_patch.upstream.cpu import platform as cpu_platform
+        from tests.support import training
         from tests.te.forwards import stand_in
 
         stand_in()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_patch.upstream.flags import add_arguments
-from tests.pool import Pool
-from tests.training import TINY, Hooks, Outcome, Run, train
+from tests.support.pool import Pool
+from tests.support.training import TINY, Hooks, Outcome, Run, train
 
 ENTRY = {
     "megatron.training.arguments:add_megatron_arguments",
@@ -122,7 +122,7 @@ def changed_symbols(flags: list[str]) -> tuple[set[str], int]:
     """In a worker: what is another object after the patch was installed and Megatron validated its flags."""
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_patch.upstream.cpu_platform import cpu_arguments
+    from megatron_patch.upstream.cpu.platform import cpu_arguments
 
     before = symbols()
     Patched().before_arguments()

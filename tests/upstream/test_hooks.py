@@ -12,7 +12,7 @@ import pytest
 from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig
 from megatron_patch.errors import UpstreamChanged
 from megatron_patch.upstream.hooks import Hook, Installation, argument, check_version, install
-from tests.pool import Pool
+from tests.support.pool import Pool
 
 # --- on stubs --------------------------------------------------------------------------------------------------------
 
@@ -393,8 +393,8 @@ def fingerprints() -> tuple[dict[str, str], dict[str, str]]:
     """In a worker: both tables for the installed Megatron."""
     import importlib
 
-    from megatron_patch.upstream import cpu_platform
-    from megatron_patch.upstream.cpu_megatron import MEGATRON_STAND_INS
+    from megatron_patch.upstream.cpu import platform as cpu_platform
+    from megatron_patch.upstream.cpu.megatron_stand_ins import MEGATRON_STAND_INS
     from megatron_patch.upstream.patch import entry_hooks, feature_hooks
 
     hooked = {}

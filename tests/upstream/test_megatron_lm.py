@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.pool import ROOT
+from tests.support.pool import ROOT
 
 CHECKOUT = os.environ.get("MEGATRON_LM_DIR", "")
 pytestmark = pytest.mark.skipif(
@@ -43,10 +43,10 @@ RULE = "--width-scaling sqrt --base-hidden-size 16".split()
 PLAIN = """
 import runpy, sys
 sys.path[:0] = [sys.argv[1], {root!r}]
-from megatron_patch.upstream.cpu_platform import activate, cpu_arguments
+from megatron_patch.upstream.cpu.platform import activate, cpu_arguments
 activate()
 from megatron.core.datasets import utils
-from megatron_patch.upstream.wheel import skip_compile_helpers
+from megatron_patch.upstream.datasets import skip_compile_helpers
 utils.compile_helpers = skip_compile_helpers(utils.compile_helpers)
 script, words = sys.argv[2], [word for word in sys.argv[3:] if word != "--cpu"]
 sys.argv = [script, *cpu_arguments(words)[0]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.pool import Pool, RankFailure
-from tests.training import TINY, Hooks, Outcome, Run, train
+from tests.support.pool import Pool, RankFailure
+from tests.support.training import TINY, Hooks, Outcome, Run, train
 
 STEPS = 6
 WARMUP = 2  # iterations, as in TINY
@@ -338,7 +338,7 @@ ARGS = argparse.Namespace(train_iters=10, save=None)
 def test_a_damaged_run_json_is_replaced_and_that_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
-    from megatron_patch.upstream.record import RunRecord
+    from megatron_patch.files.run_json import RunRecord
 
     path = tmp_path / "run.json"
     path.write_text(content)
@@ -349,7 +349,7 @@ def test_a_damaged_run_json_is_replaced_and_that_is_told(
 
 def test_updates_that_cannot_be_written_are_made_up_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One warning; the file stays as it was, whole, and the next update that succeeds has everything."""
-    from megatron_patch.upstream.record import RunRecord
+    from megatron_patch.files.run_json import RunRecord
 
     record = RunRecord(str(tmp_path), ARGS, {}, 0)
     path = tmp_path / "run.json"
@@ -371,7 +371,8 @@ def test_updates_that_cannot_be_written_are_made_up_for(tmp_path: Path, capsys: 
 
 def test_a_folder_that_cannot_be_written_is_a_mistake_at_the_start(tmp_path: Path) -> None:
     from megatron_patch.errors import ConfigError
-    from megatron_patch.upstream.record import RunRecord, writing
+    from megatron_patch.files.run_json import RunRecord
+    from megatron_patch.upstream.record import writing
 
     (tmp_path / "run.json.tmp").symlink_to("/dev/full")
     with pytest.raises(ConfigError, match=r"--metrics-dir .*No space left on device.*make room") as caught:

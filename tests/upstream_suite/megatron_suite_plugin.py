@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.upstream.cpu_platform import activate
+from megatron_patch.upstream.cpu.platform import activate
 
 
 def _over_gloo(make: Any) -> Any:

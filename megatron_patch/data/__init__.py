@@ -1,0 +1,1 @@
+"""From text to the tokens Megatron trains on: corpus, tokenizer, dataset."""

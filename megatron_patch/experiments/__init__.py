@@ -1,1 +1,0 @@
-"""From text to tokens, from sweeps to tables: what happens before and after a training run."""

@@ -1,0 +1,118 @@
+"""The files of a metrics folder, read back line by line."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.files.whole import parse_json
+
+FADED = 0.005
+"""Share of its peak LR below which a layer's update is too small to be measured (arXiv 2510.19093 drops 0.5%)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentLine:
+    """One line of alignment.jsonl: a layer at an iteration. None where not measured."""
+
+    iteration: int
+    layer: str
+    kind: str
+    """How the layer is split: column, row or replicated; ``expert_mean`` for the mean over the experts of a layer."""
+    fan_in: int
+    fan_out: int
+    m: float
+    lr: float
+    weight_decay: float
+    tokens: int | None
+    weight_norm: float | None
+    update_norm: float | None
+    relative_update: float | None
+    weight_alignment: float | None
+    update_alignment: float | None
+    alignment_ratio: float | None
+    relative_representation_change: float | None
+    top_singular_value: float | None
+
+
+def read_lines[Line](path: str, line_type: type[Line], notes: list[str]) -> tuple[Line, ...]:
+    """Return the lines of a JSON-lines file of the metrics folder; none, if there is no such file.
+
+    Args:
+        path: the file; it may be growing.
+        line_type: a dataclass whose fields are the keys to read; a line may have more.
+        notes: gets a note if the last line is unfinished, which is then left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line of it is not of this type.
+    """
+    if not os.path.exists(path):
+        return ()
+    name = os.path.basename(path)
+    lines = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, start=1):
+                try:
+                    lines.append(_line(text, line_type))
+                except (KeyError, TypeError, ValueError) as error:
+                    if not text.endswith("\n"):
+                        notes.append(f"the last line of {name} is unfinished and was left out")
+                        break
+                    detail = f"no {error}" if isinstance(error, KeyError) else str(error)
+                    raise ConfigError(
+                        f"{path} line {number}",
+                        f"({detail})",
+                        "a JSON object with the keys of this file",
+                        "delete the line, or restore the file",
+                    ) from None
+    except OSError as error:
+        raise ConfigError(path, "", "a readable file", f"check its permissions ({error.strerror})") from None
+    return tuple(lines)
+
+
+def _line[Line](text: str, line_type: type[Line]) -> Line:
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    values = {}
+    for field in fields(cast(Any, line_type)):
+        value = content[field.name]
+        wanted: Any = field.type
+        if not isinstance(value, wanted) and not (isinstance(value, int) and isinstance(0.0, wanted)):
+            raise ValueError(f"{field.name} is {value!r}")
+        values[field.name] = value
+    return line_type(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class EquilibriumLine:
+    """One line of equilibrium.jsonl: measured and predicted size of a layer's weight and of its update."""
+
+    iteration: int
+    layer: str
+    weight_rms: float | None
+    predicted_weight_rms: float | None
+    relative_update: float | None
+    predicted_relative_update: float | None
+    equilibrium_relative_update: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SublayerLine:
+    """One line of sublayers.jsonl: an attention or MLP block at an iteration."""
+
+    iteration: int
+    layer: str
+    gain: float | None
+    """RMS of the block's output over RMS of its normalised input."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckLine:
+    """What is read back from a line of transfer_check.jsonl when a run is resumed."""
+
+    iteration: int
+    layer: str
+    quantity: str
+    ratio: float

@@ -1,0 +1,396 @@
+"""The best learning rate of a sweep, with an interval; or a reason why the sweep does not tell it.
+
+Losses are fitted over log2(LR), and over log2(weight decay) where a sweep has both, near their minimum (`surface`). A
+sweep that leaves the optimum open is refused: `NoOptimum` says which check failed and what to run next.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_patch.errors import MegatronPatchError
+from megatron_patch.fit.seeds import aligned, informative
+from megatron_patch.fit.surface import Surface, fit, outliers
+from megatron_patch.runs.trial import Trial
+
+WIDEST = 2.0
+"""Octaves; an interval wider than that is no optimum."""
+CONFIDENCE = 0.9
+"""Of every interval."""
+UNBOUNDED = 0.05
+"""Part of the bootstrap sample that may have no minimum."""
+RIDGE = 4.0
+"""A curvature across over one along of at least this is called a ridge: the loss is twice as narrow across."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The optimum of one curve: a loss over log2(LR)."""
+
+    log2_lr: float
+    low: float
+    high: float
+    """The 90% bootstrap interval is [low, high], in log2(LR)."""
+    loss: float
+    """Fitted loss at the optimum, an LR that was not trained."""
+    curvature: float
+    """Second derivative at the optimum, nats per octave squared; nan where only a best point is known."""
+    points: int
+    """How many measurements were fitted."""
+    used: tuple[Trial, ...]
+    dropped: tuple[Trial, ...] = ()
+    """Finite measurements that do not fit the others."""
+
+    @property
+    def lr(self) -> float:
+        """The optimal LR."""
+        return float(2.0**self.log2_lr)
+
+    @property
+    def width(self) -> float:
+        """Width of the interval in octaves."""
+        return self.high - self.low
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The optimum of a surface: a loss over log2(LR) and log2(weight decay)."""
+
+    log2_lr: float
+    log2_weight_decay: float
+    low: float
+    high: float
+    """90% interval of log2(LR), weight decay being free."""
+    weight_decay_low: float
+    weight_decay_high: float
+    """90% interval of log2(weight decay), LR being free."""
+    loss: float
+    direction: tuple[float, float]
+    """Unit vector (log2 LR, log2 weight decay) along which the loss rises least; (0.71, -0.71) keeps LR * decay."""
+    along: float
+    across: float
+    """Second derivatives along `direction` and at right angles to it, nats per octave squared."""
+    points: int
+    used: tuple[Trial, ...]
+    dropped: tuple[Trial, ...] = ()
+
+    @property
+    def lr(self) -> float:
+        """The optimal LR."""
+        return float(2.0**self.log2_lr)
+
+    @property
+    def weight_decay(self) -> float:
+        """The optimal weight decay."""
+        return float(2.0**self.log2_weight_decay)
+
+    @property
+    def is_ridge(self) -> bool:
+        """Whether the loss is much flatter along `direction` than across."""
+        return self.across >= RIDGE * self.along
+
+
+class NoOptimum(MegatronPatchError):
+    """A sweep that does not tell its optimum.
+
+    Args:
+        reason: which check failed, with the numbers.
+        fix: what to do, an imperative sentence without a full stop.
+        partial: the best guess for those who insist; None where there is not even that.
+    """
+
+    def __init__(self, reason: str, fix: str, partial: Optimum | Ridge | None = None) -> None:
+        self.reason = reason
+        self.fix = fix
+        self.partial = partial
+        super().__init__(f"{reason}; {fix}")
+
+
+def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
+    """Return the optimal LR of one curve: trials that differ in LR and seed only.
+
+    A quadratic in log2(LR) near the minimum (with a shrunk asymmetry), without the measurements that do not fit the
+    others; the interval is a bootstrap over seeds and points. What a seed adds to all losses is taken out (`seeds`).
+
+    Args:
+        trials: in any order, diverged ones included.
+        seed: of the bootstrap.
+
+    Raises:
+        NoOptimum: fewer than 3 LRs with a finite loss, the best LR at the edge of the grid, a curve that bends
+            downwards, an interval wider than `WIDEST`, or trials of more than one curve.
+    """
+    _one_curve(trials, ("hidden_size", "weight_decay", "rule", "vector_lr", "steps"))
+    raw = informative([t for t in trials if not t.diverged])
+    finite = aligned(raw)
+    lrs = sorted({t.lr for t in finite})
+    if len(lrs) < 3:
+        shown = _listed(lrs) if lrs else "none"
+        lost = sum(t.diverged for t in trials)
+        raise NoOptimum(
+            f"{len(lrs)} of the learning rates have a finite loss ({shown}; {lost} runs diverged) and a fit needs 3",
+            "train more learning rates" + (f" around {_listed(lrs)}" if lrs else ", lower ones"),
+            _best_point(finite),
+        )
+    x, y = np.log2([[t.lr] for t in finite]), np.array([t.loss for t in finite])
+    bad = set(outliers(x, y))
+    kept = [i for i in range(len(finite)) if i not in bad]
+    used, dropped = tuple(finite[i] for i in kept), tuple(raw[i] for i in sorted(bad))
+    partial = _best_point(used, dropped)
+    assert partial is not None
+    _check_edge(partial, used, trials)
+    surface = fit(x[kept], y[kept], seed=seed)
+    if surface is None:
+        raise NoOptimum(
+            f"the losses around the best LR {partial.lr:g} have no minimum that stands out of noise: {_curve(used)}",
+            "train more seeds, or learning rates further apart",
+            partial,
+        )
+    low, high = _interval(surface, 0)
+    optimum = Optimum(
+        float(surface.minimum[0]), low, high, surface.value, float(surface.hessian[0, 0]), len(used), used, dropped
+    )
+    _check_inside(optimum, used, trials)
+    if len(used) == len(lrs) == 3:
+        # No noise can be told from three losses. A curve with one minimum has it between the neighbours of the best.
+        levels = sorted(math.log2(t.lr) for t in used)
+        optimum = Optimum(
+            optimum.log2_lr, levels[0], levels[2], optimum.loss, optimum.curvature, optimum.points, used, dropped
+        )
+    if not optimum.width <= WIDEST + 1e-9:
+        raise NoOptimum(
+            f"the interval of the best LR, {_octaves(optimum.low, optimum.high)}, is wider than {WIDEST:g} octaves",
+            "train more seeds, or more learning rates around the best",
+            optimum,
+        )
+    return optimum
+
+
+def fit_lr_weight_decay(trials: Sequence[Trial], *, seed: int = 0) -> Ridge:
+    """Return the optimal LR and weight decay of trials that differ in these and the seed only.
+
+    The surface is quadratic in (log2 LR, log2 weight decay) near its minimum, cross term included: where only the
+    product of the two matters it is a diagonal valley, the ridge of arXiv 2405.13698 and 2510.19093.
+
+    Raises:
+        NoOptimum: fewer than 3 values of one of the two, too few points, an optimum at the edge of the grid, a surface
+            that bends downwards, or an LR interval wider than `WIDEST`: a ridge too flat to choose a point on it.
+    """
+    _one_curve(trials, ("hidden_size", "rule", "vector_lr", "steps"))
+    raw = informative([t for t in trials if not t.diverged and t.weight_decay is not None and t.weight_decay > 0])
+    finite = aligned(raw)
+    lrs, decays = sorted({t.lr for t in finite}), sorted({t.weight_decay or 0.0 for t in finite})
+    best = _best_pair(finite)
+    if len(lrs) < 3 or len(decays) < 3:
+        raise NoOptimum(
+            f"{len(lrs)} learning rates and {len(decays)} positive weight decays have a finite loss, and a surface "
+            "needs 3 of each",
+            "train more of them, or give --weight-decay to take the optimal LR at one of the weight decays",
+            best,
+        )
+    pairs = {(t.lr, t.weight_decay) for t in finite}
+    if len(pairs) < 7:
+        raise NoOptimum(
+            f"{len(pairs)} pairs of LR and weight decay have a finite loss, and a surface with 6 coefficients needs 7",
+            "train more of the grid",
+            best,
+        )
+    x = np.log2([[t.lr, t.weight_decay or math.nan] for t in finite])
+    y = np.array([t.loss for t in finite])
+    bad = set(outliers(x, y))
+    kept = [i for i in range(len(finite)) if i not in bad]
+    used, dropped = tuple(finite[i] for i in kept), tuple(raw[i] for i in sorted(bad))
+    surface = fit(x[kept], y[kept], seed=seed)
+    lowest = min(used, key=lambda t: t.loss)
+    if surface is None:
+        at_edge = [
+            name
+            for name, value, grid in (("LR", lowest.lr, lrs), ("weight decay", lowest.weight_decay, decays))
+            if value in (grid[0], grid[-1])
+        ]
+        edge = f", and the {' and '.join(at_edge)} of the best is at the edge of the grid" if at_edge else ""
+        raise NoOptimum(
+            f"the losses around the best pair (LR {lowest.lr:g}, weight decay {lowest.weight_decay:g}) have no minimum "
+            f"over both{edge}",
+            "extend the grid around the best pair, or give --weight-decay to take the optimal LR at one weight decay",
+            best,
+        )
+    return _checked_ridge(surface, used, dropped, trials)
+
+
+def _checked_ridge(
+    surface: Surface, used: tuple[Trial, ...], dropped: tuple[Trial, ...], trials: Sequence[Trial]
+) -> Ridge:
+    curvatures, directions = np.linalg.eigh(surface.hessian)
+    along = directions[:, 0] * (1 if directions[0, 0] >= 0 else -1)
+    low, high = _interval(surface, 0)
+    decay_low, decay_high = _interval(surface, 1)
+    ridge = Ridge(
+        float(surface.minimum[0]),
+        float(surface.minimum[1]),
+        low,
+        high,
+        decay_low,
+        decay_high,
+        surface.value,
+        (float(along[0]), float(along[1])),
+        float(curvatures[0]),
+        float(curvatures[1]),
+        len(used),
+        used,
+        dropped,
+    )
+    for name, at, of in (
+        ("LR", ridge.log2_lr, lambda t: t.lr),
+        ("weight decay", ridge.log2_weight_decay, lambda t: t.weight_decay),
+    ):
+        _check_hull(name, at, used, trials, of, ridge)
+    if not high - low <= WIDEST + 1e-9:
+        product = _octaves(*_quantiles(surface.draws.sum(axis=1)))
+        flat = (
+            f"; the product LR * weight decay is known better: {product}, and along the ridge the loss rises by "
+            f"{ridge.along / 2:.2g} an octave from the optimum, by {ridge.across / 2:.2g} across"
+            if ridge.is_ridge
+            else ""
+        )
+        raise NoOptimum(
+            f"the interval of the best LR, {_octaves(low, high)}, is wider than {WIDEST:g} octaves{flat}",
+            "give --weight-decay to take the optimal LR at one weight decay, or train more seeds",
+            ridge,
+        )
+    return ridge
+
+
+def _check_hull(
+    name: str,
+    at: float,
+    used: Sequence[Trial],
+    trials: Sequence[Trial],
+    of: Callable[[Trial], float | None],
+    partial: Ridge,
+) -> None:
+    grid = sorted({of(t) or math.nan for t in used})
+    slack = 1e-6
+    if math.log2(grid[0]) + slack < at < math.log2(grid[-1]) - slack:
+        return
+    high = at > math.log2(grid[0]) + slack
+    edge, step = (grid[-1], grid[-1] / grid[-2]) if high else (grid[0], grid[0] / grid[1])
+    beyond = sorted({of(t) or 0.0 for t in trials if t.diverged and (of(t) or 0.0) > edge}) if high else []
+    lost = f" (and {_listed(beyond)} diverged)" if beyond else ""
+    fix = f"add {edge * math.sqrt(step):.4g}" if beyond else f"add {edge * step:.4g} and {edge * step * step:.4g}"
+    raise NoOptimum(
+        f"the fitted {name}, {2**at:.4g}, is not inside the grid, whose {'highest' if high else 'lowest'} {name} with "
+        f"a finite loss is {edge:.4g}{lost}",
+        fix,
+        partial,
+    )
+
+
+def _one_curve(trials: Sequence[Trial], same: Sequence[str]) -> None:
+    for name in same:
+        values = {getattr(t, name) for t in trials}
+        if len(values) > 1:
+            shown = ", ".join(sorted(map(str, values)))
+            raise NoOptimum(f"the trials differ in {name} ({shown})", "fit them one by one")
+
+
+def _levels(trials: Sequence[Trial]) -> dict[float, float]:
+    """LR -> mean loss, in the order of the LRs."""
+    return {lr: float(np.mean([t.loss for t in trials if t.lr == lr])) for lr in sorted({t.lr for t in trials})}
+
+
+def _curve(trials: Sequence[Trial]) -> str:
+    return ", ".join(f"{loss:.4g} at {lr:g}" for lr, loss in _levels(trials).items())
+
+
+def _best_point(used: Sequence[Trial], dropped: tuple[Trial, ...] = ()) -> Optimum | None:
+    """The best LR of the grid, for those who insist on an optimum; its interval are its neighbours."""
+    if not used:
+        return None
+    levels = _levels(used)
+    lrs = list(levels)
+    place = min(range(len(lrs)), key=lambda i: levels[lrs[i]])
+    low, high = (math.log2(lrs[max(0, min(i, len(lrs) - 1))]) for i in (place - 1, place + 1))
+    at = math.log2(lrs[place])
+    return Optimum(at, low, high, levels[lrs[place]], math.nan, len(used), tuple(used), dropped)
+
+
+def _best_pair(trials: Sequence[Trial]) -> Optimum | None:
+    """The best LR of the grid among the trials with the best weight decay."""
+    means = {
+        pair: float(np.mean([t.loss for t in trials if (t.lr, t.weight_decay) == pair]))
+        for pair in {(t.lr, t.weight_decay) for t in trials}
+    }
+    decay = min(means, key=lambda pair: means[pair])[1] if means else None
+    return _best_point([t for t in trials if t.weight_decay == decay])
+
+
+def _check_edge(best: Optimum, used: Sequence[Trial], trials: Sequence[Trial]) -> None:
+    """Raise NoOptimum if the best LR is the lowest or highest one with a finite loss."""
+    levels = _levels(used)
+    lrs = list(levels)
+    if len(lrs) < 3:
+        raise NoOptimum(
+            f"{len(lrs)} learning rates are left without the losses that do not fit the others, and a fit needs 3",
+            "train more learning rates or seeds",
+            best,
+        )
+    lr = best.lr
+    highest = abs(math.log2(lrs[-1] / lr)) < 1e-9
+    if not highest and abs(math.log2(lrs[0] / lr)) > 1e-9:
+        return
+    step = lrs[-1] / lrs[-2] if highest else lrs[0] / lrs[1]
+    edge = "highest" if highest else "lowest"
+    beyond = sorted({t.lr for t in trials if t.diverged and t.lr > lr}) if highest else []
+    if beyond:
+        between = math.sqrt(lr * beyond[0])
+        reason = f"the best LR {lr:.4g} is the highest that did not diverge ({_listed(beyond)} did)"
+        fix = f"add {between:.4g}" if beyond[0] / lr < 4 else f"add {2 * lr:.4g} and {between:.4g}"
+    else:
+        reason = f"the best LR {lr:.4g} is the {edge} of the grid, so the optimum may lie outside"
+        fix = f"add {lr * step:.4g} and {lr * step**2:.4g}"
+    x, y = np.log2(lrs), np.array(list(levels.values()))
+    if np.polyfit(x - x.mean(), y, 2)[0] < 0 and min(y[0], y[-1]) < y[1:-1].max():
+        reason += f" (and the losses bend downwards, the wrong sign of curvature: {_curve(used)})"
+    raise NoOptimum(reason, fix, best)
+
+
+def _check_inside(optimum: Optimum, used: Sequence[Trial], trials: Sequence[Trial]) -> None:
+    """Raise NoOptimum if the fitted optimum is outside of the LRs it was fitted to."""
+    lrs = list(_levels(used))
+    if lrs[0] < optimum.lr < lrs[-1]:
+        return
+    high = optimum.lr >= lrs[-1]
+    edge, step = (lrs[-1], lrs[-1] / lrs[-2]) if high else (lrs[0], lrs[0] / lrs[1])
+    raise NoOptimum(
+        f"the fitted LR {optimum.lr:.4g} is outside of the grid, whose {'highest' if high else 'lowest'} LR with a "
+        f"finite loss is {edge:.4g}",
+        f"add {edge * step:.4g} and {edge * step**2:.4g}",
+        optimum,
+    )
+
+
+def _interval(surface: Surface, column: int) -> tuple[float, float]:
+    """The central interval of one coordinate of the bootstrap sample; infinite if too many draws have no minimum."""
+    return _quantiles(surface.draws[:, column])
+
+
+def _quantiles(draws: NDArray[np.float64]) -> tuple[float, float]:
+    if float(np.mean(np.isnan(draws))) > UNBOUNDED:
+        return -math.inf, math.inf
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _octaves(low: float, high: float) -> str:
+    if math.isinf(low) or math.isinf(high):
+        return "unbounded"
+    return f"{2**low:.3g} to {2**high:.3g} ({high - low:.1f} octaves)"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,1 @@
+"""What runs left behind, ours and others', read back."""

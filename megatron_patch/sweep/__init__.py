@@ -1,0 +1,1 @@
+"""Many runs over a grid or a search: resumable, with any launcher."""

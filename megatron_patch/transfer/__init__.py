@@ -1,0 +1,1 @@
+"""From the sweep of a proxy to the target's config."""

@@ -1,0 +1,165 @@
+"""What the conversion of a config reads, prints and writes."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.files.yaml_flags import load_yaml
+from megatron_patch.runs.foreign import WANDB_NOTE
+from megatron_patch.runs.read import read_trials
+from megatron_patch.theory.width import RULES, Role, Rule, multipliers
+from megatron_patch.transfer.checks import Training
+from megatron_patch.transfer.plan import Options, Plan, make_plan
+from megatron_patch.transfer.yaml_edit import edit
+
+_FAN_INS = {
+    "ffn_hidden_size": "linear_fc2",
+    "kv_projection_size": "linear_proj",
+}
+
+
+@dataclass(frozen=True)
+class ClassValue:
+    """What one class of the target's parameters will be trained with."""
+
+    role: Role
+    layers: str
+    m: float
+    lr: float
+    """Peak."""
+    weight_decay: float
+
+
+def convert(
+    sweep: str, target: str, output: str, options: Options, *, proxy: str | None = None, as_json: bool = False
+) -> Plan:
+    """Read a sweep and the target's config, write the tuned config, print what it will do, and return the plan.
+
+    Args:
+        sweep: folder of runs, or CSV file.
+        target: YAML file of flags.
+        output: YAML file to write; replaced if it exists.
+        options: of the command line.
+        proxy: YAML file of the proxy's flags, if given.
+        as_json: print JSON instead of tables.
+
+    Raises:
+        ConfigError: a mistake in the arguments or files.
+        NoOptimum: refused; nothing is written.
+    """
+    for name, path in (("target", target), ("proxy's config", proxy), ("sweep", sweep)):
+        if path is not None and os.path.realpath(path) == os.path.realpath(output):
+            raise ConfigError("--output", output, f"another file than the {name}", "choose another name")
+    if os.path.isdir(output):
+        raise ConfigError("--output", output, "a file name, and this is a folder", "add the name of the file")
+    flags = load_yaml(target, "--target")
+    trials = read_trials(sweep)
+    plan = make_plan(trials, flags, options, load_yaml(proxy, "--proxy") if proxy else None)
+    if any(t.source.endswith(".wandb") for t in trials):
+        plan = replace(plan, warnings=(*plan.warnings, WANDB_NOTE))
+    with open(target, encoding="utf-8", newline="") as file:
+        text = file.read()
+    title = f"Added by tools/transfer_config.py, from the sweep {' '.join(sweep.split())}:"
+    new = edit(target, text, plan.changes, title)
+    if as_json:
+        print(json.dumps(plan.as_json(), allow_nan=False))
+    write_text(output, new)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not as_json:
+        _show(plan, output)
+    return plan
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file in one step, as it is, line ends included.
+
+    Raises:
+        ConfigError: its folder cannot be made or written to.
+    """
+    temporary = f"{path}.partial"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
+    except OSError as error:
+        raise ConfigError(
+            "--output", path, "a file that can be written", f"choose another ({error.strerror})"
+        ) from None
+
+
+def classes(flags: Mapping[str, Any]) -> list[ClassValue]:
+    """Return what a config gives each class of a GPT's parameters, by the width rule alone.
+
+    Layers whose fan-in is the hidden size, the MLP's width, and heads times head size; the dry run
+    (``python -m megatron_patch explain``) shows every parameter.
+    """
+    lr, decay = float(flags["lr"]), float(flags["weight-decay"])
+    name = str(flags["width-scaling"])
+    rule = RULES.get(name) or Rule(name, float(flags["lr-width-exponent"]), float(flags["wd-width-exponent"]), "custom")
+    m = float(flags["hidden-size"]) / float(flags.get("base-hidden-size") or flags["hidden-size"])
+    embedding_decay = flags.get("embedding-weight-decay")
+    sizes = Training.of_flags(flags).values
+
+    def value(role: Role, layers: str, m: float) -> ClassValue:
+        factors = multipliers(
+            rule,
+            role,
+            m,
+            vector_lr=float(flags.get("vector-lr") or lr) / lr,
+            embedding_weight_decay=None if embedding_decay is None else float(embedding_decay) / (decay or 1),
+            scale_output=not flags.get("no-scale-output-layer"),
+        )
+        return ClassValue(role, layers, m, lr * factors.lr, decay * factors.weight_decay)
+
+    found = [value("embedding", "embeddings", 1.0), value("vector", "gains, biases", 1.0)]
+    by_m: dict[float, list[str]] = {m: ["fan-in hidden size"]}
+    for dimension, layer in _FAN_INS.items():
+        base = flags.get("base-" + dimension.replace("_", "-"))
+        size = sizes.get(dimension)
+        by_m.setdefault(float(size) / float(base) if base and size else m, []).append(layer)
+    found += [value("matrix", ", ".join(layers), own) for own, layers in by_m.items()]
+    if flags.get("untie-embeddings-and-output-weights"):
+        found.append(value("output", "LM head", m))
+    return found
+
+
+def _show(plan: Plan, output: str) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    low, high = plan.interval
+    console.print(
+        f"proxy of width {plan.base_hidden_size}: best LR {plan.lr:.4g} (90% interval {_text(low)} to {_text(high)}), "
+        f"weight decay {plan.weight_decay:.4g}, expected loss {plan.loss:.4f}, from {plan.found.points} runs"
+    )
+    table = Table(title="What the target's parameters get, at the peak", title_justify="left")
+    for column in ("class", "layers", "m", "lr", "weight decay"):
+        table.add_column(column, justify="left" if column in ("class", "layers") else "right")
+    for c in classes(plan.flags):
+        table.add_row(c.role, c.layers, f"{c.m:g}", f"{c.lr:.5g}", f"{c.weight_decay:.5g}")
+    console.print(table)
+    changes = Table(title="Written", title_justify="left")
+    for column in ("flag", "value", "from"):
+        changes.add_column(column)
+    for name, change in plan.changes.items():
+        changes.add_row(name, str(change.value), change.source)
+    console.print(changes)
+    console.print(f"{output}: check it with  python -m megatron_patch explain --config {output}", markup=False)
+
+
+def _text(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

@@ -1,0 +1,388 @@
+"""From a proxy's sweep to a target's config: which flags change, to what, and why; see docs/transfer-config.md."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_patch.config import BASE_DIMENSIONS, WIDTH_RULES, WidthConfig
+from megatron_patch.errors import ConfigError
+from megatron_patch.fit.optimum import NoOptimum, Optimum, Ridge, fit_lr, fit_lr_weight_decay
+from megatron_patch.runs.trial import Trial
+from megatron_patch.theory.transfer import (
+    BATCH_SOURCES,
+    DEPTH_SOURCE,
+    EMA_SOURCE,
+    BatchRule,
+    batch_lr_factor,
+    depth_lr_factor,
+    depth_residual_factor,
+    weight_decay_factor,
+)
+from megatron_patch.transfer.checks import Training, differences
+from megatron_patch.transfer.yaml_edit import Change
+
+DIGITS = 6
+"""Significant digits of what is written: far finer than any interval, and the JSON and the YAML say the same."""
+DEFAULT_RULE = "independent"
+"""Where nothing names a rule: LR * weight decay, which sets the relative updates of most of a long training, stays what
+the proxy was tuned to at every width (arXiv 2510.19093, section 5). Never without a warning."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    rule: str | None = None
+    base_hidden_size: int | None = None
+    weight_decay: float | None = None
+    """Use the trials with this weight decay; where the sweep has no such column, its weight decay."""
+    vector_lr: float | None = None
+    """Use the trials with this vector LR."""
+    steps: int | None = None
+    """Use the trials of this length."""
+    extra_warmup: str | None = None
+    extra_warmup_fraction: float | None = None
+    ema_timescale: bool = False
+    batch_lr: BatchRule | None = None
+    depth_lr: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the target's config will be changed to."""
+
+    lr: float
+    """The proxy's optimal base LR."""
+    interval: tuple[float | None, float | None]
+    weight_decay: float
+    base_hidden_size: int
+    rule: str
+    loss: float
+    found: Optimum | Ridge
+    changes: Mapping[str, Change]
+    warnings: tuple[str, ...]
+    flags: Mapping[str, Any]
+    """Of the target, after the changes."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "lr": self.lr,
+            "lr_interval": list(self.interval),
+            "weight_decay": self.weight_decay,
+            "base_hidden_size": self.base_hidden_size,
+            "rule": self.rule,
+            "expected_loss": self.loss,
+            "warnings": list(self.warnings),
+        }
+
+
+class Refused(NoOptimum):
+    """A transfer that would be a guess; ``--force`` goes on."""
+
+
+def make_plan(
+    trials: Sequence[Trial], target: Mapping[str, Any], options: Options, proxy: Mapping[str, Any] | None = None
+) -> Plan:
+    """Fit the proxy's optimum and plan the changes to the target.
+
+    Args:
+        trials: the sweep; may hold other widths, rules and horizons.
+        target: flags of the target's config.
+        options: of the command line.
+        proxy: flags of the proxy's config, for sweeps that do not record them.
+
+    Raises:
+        ConfigError: a missing or contradictory setting.
+        NoOptimum: the sweep does not tell the optimum, or proxy and target differ in what no rule covers; with
+            `options.force` only if there is not even a best point.
+    """
+    if not trials:
+        raise ConfigError("--sweep", "", "at least one run", "check the folder or the CSV file")
+    target_width = _size(target, "hidden-size")
+    warnings: list[str] = []
+    width = _proxy_width(trials, target, options, warnings)
+    rule, rule_source = _rule(trials, target, options, warnings)
+    chosen = _chosen(trials, width, rule, options)
+    found = _optimum(chosen, options, warnings)
+    lr, (low, high) = _round(found.lr), (_power(found.low), _power(found.high))
+    weight_decay, decay_source = _weight_decay(found, chosen, target, proxy, options)
+    where = "the sweep's optimum" if not math.isnan(getattr(found, "curvature", 0.0)) else "the sweep's best point"
+    spread = f", 90% interval {_shown(low)} to {_shown(high)}"
+    base = Training.of_proxy(found.used, proxy)
+    here = Training.of_flags(target)
+    lr_factor, vector_factor, decay_factor, covered, notes = _beyond_width(base, here, options, warnings)
+    problems = [d for d in differences(base, here) if d.name not in covered]
+    for problem in (d for d in problems if not d.refuses or options.force):
+        warnings.append(f"{problem.text}; {problem.fix}")
+    if (refused := [d for d in problems if d.refuses]) and not options.force:
+        raise Refused("; ".join(d.text for d in refused), "; ".join(dict.fromkeys(d.fix for d in refused)))
+    changes = {"lr": Change(_round(lr * lr_factor), f"{where} at width {width}{spread}{notes['lr']}")}
+    vector_lr = found.used[0].vector_lr
+    if vector_lr is not None or "vector-lr" in target or vector_factor != lr_factor:
+        source = "the sweep's vector LR" if vector_lr is not None else "the sweep had one LR for all"
+        changes["vector-lr"] = Change(_round((vector_lr or lr) * vector_factor), source + notes["vector-lr"])
+    changes["weight-decay"] = Change(_round(weight_decay * decay_factor), decay_source + notes["weight-decay"])
+    changes["width-scaling"] = Change(rule, rule_source)
+    if rule != "none":
+        changes["base-hidden-size"] = Change(width, "the proxy's hidden size")
+        changes |= _other_bases(found.used, target, proxy, width)
+    elif target_width != width:
+        warnings.append(f"the rule none does not adapt LR and weight decay from width {width} to {target_width}")
+    changes |= _warmup(target, rule, target_width / width, options, warnings)
+    flags = {**target, **{name: change.value for name, change in changes.items()}}
+    _validate(flags)
+    return Plan(lr, (low, high), _round(weight_decay), width, rule, found.loss, found, changes, tuple(warnings), flags)
+
+
+def _size(flags: Mapping[str, Any], name: str) -> int:
+    value = flags.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"--target: {name}", value, "a positive integer", f"add {name} to the target's config")
+    return value
+
+
+def _proxy_width(trials: Sequence[Trial], target: Mapping[str, Any], options: Options, warnings: list[str]) -> int:
+    widths = sorted({t.hidden_size for t in trials})
+    width = options.base_hidden_size or widths[0]
+    if width not in widths:
+        raise ConfigError(
+            "--base-hidden-size", width, f"a width of the sweep: {', '.join(map(str, widths))}", "give one of them"
+        )
+    if len(widths) > 1:
+        how = "chosen by --base-hidden-size" if options.base_hidden_size else "the smallest; --base-hidden-size chooses"
+        warnings.append(f"the sweep has widths {', '.join(map(str, widths))}: the proxy is {width} ({how})")
+    before = target.get("base-hidden-size")
+    if before is not None and before != width:
+        warnings.append(f"the target's base-hidden-size was {before}; the proxy of this sweep has {width}")
+    return width
+
+
+def _rule(trials: Sequence[Trial], target: Mapping[str, Any], options: Options, warnings: list[str]) -> tuple[str, str]:
+    for value, source in ((options.rule, "--rule"), (target.get("width-scaling"), "the target's own rule")):
+        if value is not None:
+            if value not in WIDTH_RULES:
+                flag = "--rule" if source == "--rule" else "--target: width-scaling"
+                raise ConfigError(flag, value, f"one of {', '.join(WIDTH_RULES)}", "choose one of them")
+            return str(value), f"from {source}"
+    rules = sorted({t.rule for t in trials} - {"none"})
+    if len(rules) == 1:
+        return rules[0], "the one scaling rule of the sweep"
+    if rules:
+        raise ConfigError(
+            "--rule",
+            None,
+            f"one of the sweep's rules: {', '.join(rules)}",
+            "choose one, or give width-scaling in the target",
+        )
+    warnings.append(
+        f"neither --rule nor the target nor the sweep names a width rule: {DEFAULT_RULE} is written, which keeps LR * "
+        "weight decay at every width (arXiv 2510.19093, eq. 8); give --rule to choose"
+    )
+    return DEFAULT_RULE, "chosen for lack of a rule in --rule, target and sweep: keeps LR * weight decay, check it"
+
+
+def _chosen(trials: Sequence[Trial], width: int, rule: str, options: Options) -> list[Trial]:
+    """The trials that the optimum is fitted to: of one width, rule, vector LR, length, and weight decay if given."""
+    chosen = [t for t in trials if t.hidden_size == width]
+    rules = {t.rule for t in chosen}
+    if len(rules) > 1:
+        wanted = rule if rule in rules else "none"
+        if wanted not in rules:
+            raise ConfigError("--rule", rule, f"a rule of the proxy's runs: {', '.join(sorted(rules))}", "choose one")
+        chosen = [t for t in chosen if t.rule == wanted]
+    for name, flag, wanted_value in (
+        ("vector_lr", "--vector-lr", options.vector_lr),
+        ("steps", "--steps", options.steps),
+        ("weight_decay", "--weight-decay", options.weight_decay),
+    ):
+        values = {getattr(t, name) for t in chosen}
+        known = sorted(v for v in values if v is not None)
+        if wanted_value is not None and known:
+            match = [v for v in known if math.isclose(v, wanted_value, rel_tol=1e-6)]
+            if not match:
+                listed = ", ".join(f"{v:g}" for v in known)
+                raise ConfigError(flag, wanted_value, f"a value of the sweep: {listed}", "give one of them")
+            chosen = [t for t in chosen if getattr(t, name) == match[0]]
+        elif len(values) > 1 and name != "weight_decay":
+            listed = ", ".join([f"{v:g}" for v in known] + ["none"] * (None in values))
+            raise ConfigError(flag, None, f"a choice, since the sweep has {listed}", f"give {flag}")
+        elif known and None in values:
+            raise ConfigError("--sweep", "", f"a {name} for every run or for none", "complete the column")
+    return chosen
+
+
+def _optimum(chosen: Sequence[Trial], options: Options, warnings: list[str]) -> Optimum | Ridge:
+    decays = {t.weight_decay for t in chosen}
+    found: Optimum | Ridge | None
+    try:
+        found = fit_lr(chosen) if len(decays) == 1 else fit_lr_weight_decay(chosen)
+    except NoOptimum as error:
+        found = error.partial
+        if not options.force or found is None:
+            raise
+        warnings.append(f"forced: {error}")
+    diverged = sorted({t.lr for t in chosen if t.diverged})
+    if diverged:
+        warnings.append(
+            f"{sum(t.diverged for t in chosen)} runs diverged, at LR {', '.join(f'{v:.4g}' for v in diverged)}"
+        )
+    for t in found.dropped:
+        at = f"LR {t.lr:.4g}" + (f", weight decay {t.weight_decay:.4g}" if isinstance(found, Ridge) else "")
+        warnings.append(f"left out as an outlier: loss {t.loss:.5g} at {at}" + (f" ({t.source})" if t.source else ""))
+    if isinstance(found, Ridge):
+        if zero := sum(t.weight_decay == 0 for t in chosen):
+            warnings.append(f"{zero} runs without weight decay were left out: they have no place on a logarithmic axis")
+        if found.is_ridge:
+            a, b = found.direction
+            warnings.append(
+                f"the optimum lies on a ridge: along (log2 LR, log2 weight decay) = ({a:.2f}, {b:.2f}) the loss is "
+                f"{found.across / max(found.along, 1e-12):.3g} times flatter than across"
+            )
+    elif len({t.lr for t in found.used}) == len(found.used) == 3 and not math.isnan(found.curvature):
+        warnings.append("3 runs do not tell how noisy they are: the interval is the LRs on both sides of the best")
+    return found
+
+
+def _weight_decay(
+    found: Optimum | Ridge,
+    chosen: Sequence[Trial],
+    target: Mapping[str, Any],
+    proxy: Mapping[str, Any] | None,
+    options: Options,
+) -> tuple[float, str]:
+    if isinstance(found, Ridge):
+        low, high = _power(found.weight_decay_low), _power(found.weight_decay_high)
+        return _round(found.weight_decay), f"the sweep's optimum, 90% interval {_shown(low)} to {_shown(high)}"
+    decays = {t.weight_decay for t in found.used}
+    if (value := next(iter(decays))) is not None:
+        if len(decays) > 1:  # a forced best point of a surface
+            value = min(found.used, key=lambda t: t.loss).weight_decay or 0.0
+        return value, "the sweep's weight decay"
+    for given, source in (
+        (options.weight_decay, "from --weight-decay"),
+        ((proxy or {}).get("weight-decay"), "from the proxy's config"),
+        (target.get("weight-decay"), "the target's own: the sweep has none"),
+    ):
+        if given is not None:
+            try:
+                return float(given), source
+            except (TypeError, ValueError):
+                raise ConfigError("--target: weight-decay", given, "a number", "correct it") from None
+    raise ConfigError(
+        "--weight-decay",
+        None,
+        "the weight decay of the sweep, which neither it nor the target's config has",
+        "give --weight-decay, or add a column weight_decay",
+    )
+
+
+def _beyond_width(
+    base: Training, here: Training, options: Options, warnings: list[str]
+) -> tuple[float, float, float, set[str], dict[str, str]]:
+    """Factors on LR, vector LR and weight decay of the options, the differences they cover, and notes for comments."""
+    lr = vector = decay = 1.0
+    covered: set[str] = set()
+    notes = dict.fromkeys(("lr", "vector-lr", "weight-decay"), "")
+    if options.batch_lr:
+        factor = batch_lr_factor(options.batch_lr, _ratio("--batch-lr", "batch", base, here))
+        lr, vector = lr * factor, vector * factor
+        covered.add("batch")
+        note = f", times {factor:.4g} for the batch ({options.batch_lr}; {BATCH_SOURCES[options.batch_lr]})"
+        notes["lr"] += note
+        notes["vector-lr"] += note
+    if options.depth_lr:
+        ratio = _ratio("--depth-lr", "depth", base, here)
+        lr *= depth_lr_factor(ratio)
+        covered.add("depth")
+        notes["lr"] += f", times {depth_lr_factor(ratio):.4g} for the depth ({DEPTH_SOURCE})"
+        notes["vector-lr"] += ", not scaled with depth"
+        if ratio != 1:
+            warnings.append(
+                f"--depth-lr belongs to residual branches multiplied by {depth_residual_factor(ratio):.4g}; "
+                "Megatron has no flag for that, so the model's code must do it, and the LM head gets the smaller LR too"
+            )
+    if options.ema_timescale:
+        ratios = _ratio("--ema-timescale", "batch", base, here), _ratio("--ema-timescale", "tokens", base, here)
+        decay = weight_decay_factor(*ratios, lr)
+        covered |= {"batch", "tokens"}
+        notes["weight-decay"] += f", times {decay:.4g} to keep B/(lr * wd * D) ({EMA_SOURCE})"
+    if lr != 1:
+        warnings.append(f"the target's lr is the proxy's times {lr:.4g}, by the options for batch and depth")
+    if decay != 1:
+        warnings.append(f"the target's weight-decay is the proxy's times {decay:.4g}, by --ema-timescale")
+    return lr, vector, decay, covered, notes
+
+
+def _ratio(flag: str, name: str, base: Training, here: Training) -> float:
+    values = base.values.get(name), here.values.get(name)
+    for value, whose, fix in zip(
+        values, ("proxy", "target"), ("give --proxy PROXY.yaml", "add the flags to the target's config"), strict=True
+    ):
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(flag, "given", f"the {whose}'s {name} to be known", fix)
+    return float(values[1]) / float(values[0])  # type: ignore[arg-type]
+
+
+def _other_bases(
+    used: Sequence[Trial], target: Mapping[str, Any], proxy: Mapping[str, Any] | None, width: int
+) -> dict[str, Change]:
+    """The proxy's other fan-ins, where they are known."""
+    known = Training.of_proxy(used, proxy).values
+    changes = {}
+    for name in BASE_DIMENSIONS:
+        key = "base-" + name.replace("_", "-")
+        value = known.get(name)
+        dense = name != "ffn_hidden_size" or not target.get("num-experts")
+        asked = key in target or name.replace("_", "-") in target or name == "kv_projection_size"
+        if isinstance(value, int) and asked and (dense or key in target):
+            changes[key] = Change(value, f"the proxy's: {BASE_DIMENSIONS[name].partition(',')[0]}")
+        elif key in target and target.get("base-hidden-size") != width:
+            raise ConfigError(
+                f"--target: {key}",
+                target[key],
+                f"the size of a proxy of width {width}, which the sweep does not record",
+                f"give --proxy PROXY.yaml, or correct {key} and base-hidden-size in the target",
+            )
+    return changes
+
+
+def _warmup(target: Mapping[str, Any], rule: str, m: float, options: Options, warnings: list[str]) -> dict[str, Change]:
+    changes = {}
+    if options.extra_warmup is not None:
+        changes["extra-warmup"] = Change(options.extra_warmup, "from --extra-warmup")
+    if options.extra_warmup_fraction is not None:
+        changes["extra-warmup-fraction"] = Change(options.extra_warmup_fraction, "from --extra-warmup-fraction")
+    kind = options.extra_warmup or target.get("extra-warmup", "none")
+    if rule == "sqrt" and m > 1 and kind == "none":
+        warnings.append(
+            "the rule sqrt keeps the proxy's relative updates from the first step on, and a wide model wants them "
+            "smaller at first: add --extra-warmup exp --extra-warmup-fraction 0.25 (arXiv 2510.19093, eq. 14)"
+        )
+    return changes
+
+
+def _validate(flags: Mapping[str, Any]) -> None:
+    """The checks that a run makes of these flags, now."""
+    WidthConfig(
+        rule=str(flags["width-scaling"]),
+        base_hidden_size=flags.get("base-hidden-size"),
+        base_dimensions={n: int(flags[k]) for n in BASE_DIMENSIONS if (k := "base-" + n.replace("_", "-")) in flags},
+        lr_exponent=flags.get("lr-width-exponent"),
+        wd_exponent=flags.get("wd-width-exponent"),
+        vector_lr=flags.get("vector-lr"),
+    ).validate(warmup=flags.get("extra-warmup", "none") != "none")
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _power(log2: float) -> float | None:
+    return _round(2.0**log2) if math.isfinite(log2) else None
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

@@ -1,0 +1,1 @@
+"""Megatron on a CPU: what stands in for CUDA."""

@@ -1,0 +1,144 @@
+"""What the CPU platform replaces in Megatron, by what, and why: one tuple, `MEGATRON_STAND_INS`.
+
+Each closes a gap of core 0.19.2 that is met without Transformer Engine or without NCCL and has no flag. Where upstream
+closes it, the entry becomes superfluous, not wrong; remove it when the oldest supported version has the fix. Neither
+torch nor Megatron is imported at module level.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_patch.upstream.cpu.torch_stand_ins import RNG_REASON, StandIn, nothing, set_rng_state
+
+
+def _local_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, *unused: Any, **also_unused: Any) -> Any:
+    """Replaces `WrappedTorchNorm.__new__`; the further parameters are unused by the original as well."""
+    from megatron_patch.upstream.cpu.norms import build_norm
+
+    return build_norm(config, hidden_size, eps)
+
+
+def _state_dict_before_the_first_step(state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """`DistributedOptimizer.state_dict`, which reads Adam's step off its state, also while there is no state yet."""
+
+    @functools.wraps(state_dict)
+    def of_any_age(self: Any) -> Any:
+        if self.optimizer.state:
+            return state_dict(self)
+        import torch
+
+        actual = self.optimizer.state_dict()
+        # Only the step is read of this entry; the state itself is no part of the result.
+        self.optimizer.state_dict = lambda: {**actual, "state": {0: {"step": torch.tensor(0.0)}}}
+        try:
+            return state_dict(self)
+        finally:
+            del self.optimizer.state_dict
+
+    return of_any_age
+
+
+def _load_with_a_step_for_each(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """`DistributedOptimizer.load_state_dict`, which gives all parameters one tensor as their step count."""
+
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    return load
+
+
+def _set_states_but_the_step(set_states: Callable[..., Any]) -> Callable[..., Any]:
+    """`DistributedOptimizer._set_main_param_and_optimizer_states`, for tensors that are parameters, and Adam's step.
+
+    `load_state_dict` has set the step from the checkpoint already. Of the sharding formats, "dp_reshardable" brings
+    here the step of the optimizer just built, 0; "fully_reshardable" brings none, and upstream looks for it in vain.
+    """
+
+    @functools.wraps(set_states)
+    def set_others(self: Any, model_param: Any, tensors: Any) -> None:
+        import torch
+
+        with torch.no_grad():
+            set_states(self, model_param, {**tensors, "step": None})  # what is no tensor is skipped
+
+    return set_others
+
+
+def _gather_of_unequal_parts(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """`_gather_along_first_dim`, where the ranks bring different numbers of rows: padded to the largest, then cut."""
+
+    @functools.wraps(gather)
+    def gather_padded(input_: Any, group: Any, output_split_sizes: Any = None, *rest: Any, **named: Any) -> Any:
+        import torch
+
+        rows = [] if output_split_sizes is None else [int(n) for n in output_split_sizes]
+        if len(set(rows)) < 2 or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *rest, **named)
+        padded = input_.new_zeros(max(rows), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        parts = [torch.empty_like(padded) for _ in rows]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+
+    return gather_padded
+
+
+def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`maybe_move_tensor_to_cpu` for a tensor that is there already: upstream then forgets the conversion to numpy."""
+    import torch
+
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _megatron_set_rng_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+    set_rng_state(new_state)
+
+
+MEGATRON_STAND_INS: tuple[StandIn, ...] = (
+    StandIn(
+        "megatron.training.initialize:_warmup_jit_function",
+        nothing,
+        "nothing is compiled on CPU; and its torch.rand would advance the generator that initialises the weights by an "
+        "amount that depends on the tensor-parallel size",
+    ),
+    StandIn(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        _splits_as_numpy,
+        "all_to_all_single takes its split sizes as a sequence of int, not as the CPU tensor upstream leaves there",
+    ),
+    StandIn(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
+        _state_dict_before_the_first_step,
+        "with torch's Adam (no Transformer Engine) loading a checkpoint stops at `assert len(steps) == 1`",
+        wraps=True,
+    ),
+    StandIn(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+        _set_states_but_the_step,
+        "loading a checkpoint in fp32 writes in place into views of parameters, and sets Adam's step to 0",
+        wraps=True,
+    ),
+    StandIn(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        _load_with_a_step_for_each,
+        "after a resume, torch's Adam advances the one shared step once for every parameter: wrong bias correction",
+        wraps=True,
+    ),
+    StandIn(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        _gather_of_unequal_parts,
+        "gloo gathers parts of one size only; experts split over tensor-parallel ranks have as many rows as tokens",
+        wraps=True,
+    ),
+    StandIn("megatron.core.tensor_parallel.random:_set_cuda_rng_state", _megatron_set_rng_state, RNG_REASON),
+    StandIn(
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        _local_norm,
+        "the local spec's norm refuses sequence parallelism; a new __new__ reaches every module that bound the class",
+    ),
+)

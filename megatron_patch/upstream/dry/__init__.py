@@ -1,0 +1,1 @@
+"""Megatron's model without memory or peers, for `explain`."""

@@ -1,0 +1,388 @@
+"""What a run would train every parameter with, worked out on one machine, without a GPU and without peers.
+
+Up to the optimizer everything is Megatron's own: the validation of the arguments, the process groups of any rank of any
+world (over torch's fake backend, which answers at once), the model's builder (on the meta device, where a weight has a
+shape and no memory), the param groups and the LR scheduler. The width rule takes the same way into them as in a run.
+"""
+
+import contextlib
+import copy
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_patch.config import Settings, WidthConfig
+from megatron_patch.errors import ConfigError
+from megatron_patch.upstream.dry.coverage import Held, Position, merge
+from megatron_patch.upstream.dry.machine import (
+    all_positions,
+    assigned,
+    distinct,
+    machine_meant,
+    megatrons_checks,
+    process_groups,
+)
+from megatron_patch.upstream.flags import settings_from_args
+from megatron_patch.upstream.record import hyperparameter_table
+from megatron_patch.upstream.width.audit import audit_build
+from megatron_patch.upstream.width.parameters import describe
+from megatron_patch.upstream.width.plan import config_overrides, make_plan
+
+ASSUMED_VOCABULARY = 32_000
+"""Size of the vocabulary where neither the arguments nor a readable tokenizer tell it."""
+
+# Fields of Megatron's TransformerConfig with which its layers can be built where no GPU and its libraries are.
+_NO_KERNELS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,  # weights are made on the default device, which is meta
+    "fp8": None,
+    "fp4": None,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "moe_token_dispatcher_type": "alltoall",
+}
+# Fields with which one rank holds the whole model.
+_UNSPLIT: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "hierarchical_context_parallel_sizes": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "num_distributed_optimizer_instances": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do."""
+
+    args: Any
+    """Megatron's arguments, validated."""
+    settings: Settings
+    table: Mapping[str, Any]
+    """The head of hyperparameters.json: rule, exponents, base."""
+    parameters: tuple[Held, ...]
+    """Every parameter of the ranks that were built, sorted by name."""
+    groups: tuple[Mapping[str, Any], ...]
+    """The distinct param groups with a matrix or the LM head in them, without their parameters."""
+    seen: str
+    """Which ranks were built, and what that proved."""
+    notes: tuple[str, ...]
+    """What is not quite as it would be on the real machine."""
+
+
+@dataclass(frozen=True)
+class _Blueprint:
+    """How to build the model of any rank."""
+
+    config: Any
+    """Megatron's GPTModelConfig."""
+    any_attention: bool
+    """Leave out the attention kernel, which has next to no parameters: the local one knows neither MLA nor CP."""
+
+
+@dataclass(frozen=True)
+class _Built:
+    """One rank."""
+
+    where: str
+    table: Mapping[str, Any]
+    held: tuple[Held, ...]
+    groups: tuple[Mapping[str, Any], ...]
+
+
+def dry_run(
+    arguments: Sequence[str],
+    *,
+    gpu: bool,
+    world_size: int | None = None,
+    rank: int = 0,
+    all_ranks: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DryRun:
+    """Return what a run with Megatron's command line `arguments` would train one rank's parameters, or all, with.
+
+    The hooks that put our flags into Megatron's parser must be installed.
+
+    Args:
+        arguments: without the script.
+        gpu: what `prepare_machine` returned.
+        world_size: number of ranks; None = the smallest that holds one copy of the model.
+        rank: the one to build.
+        all_ranks: instead, build one rank of every distinct position and prove that they add up to the model.
+        progress: called with the numbers of ranks built so far and in all.
+
+    Raises:
+        ConfigError: arguments that a run would be refused for.
+        AuditError: param groups that a run would be refused for, or ranks that do not add up.
+    """
+    args, notes = _validated(arguments, world_size, rank)
+    settings = settings_from_args(args)
+    blueprint = _blueprint(args, gpu, notes)
+    positions = all_positions(args)
+    chosen = distinct(positions) if all_ranks else [positions[rank]]
+    built = []
+    for number, position in enumerate(chosen):
+        progress(number, len(chosen))
+        built.append(_on_rank(args, settings, blueprint, position))
+    parameters, seen = built[0].held, built[0].where
+    if all_ranks:
+        held = [(position, b.held) for position, b in zip(chosen, built, strict=True)]
+        parameters = tuple(merge(held, _whole_model(args, settings, blueprint)))
+        seen = (
+            f"all {args.world_size} ranks, {len(chosen)} of them built: one of each distinct position. They hold every "
+            "parameter of the unsplit model exactly once, and copies agree"
+        )
+    groups = {tuple(sorted(group.items())): group for b in built for group in b.groups}
+    return DryRun(args, settings, built[0].table, parameters, tuple(groups.values()), seen, tuple(notes))
+
+
+# --- arguments and configs -------------------------------------------------------------------------------------------
+
+
+def _validated(arguments: Sequence[str], world_size: int | None, rank: int) -> tuple[Any, list[str]]:
+    """Return Megatron's namespace after its own validation and ours, and what had to be added to it."""
+    from megatron.training import arguments as megatron
+
+    notes = []
+    with megatrons_checks(), machine_meant(), assigned(sys, argv=["explain", *arguments]):
+        args = megatron.parse_args()
+        args.world_size = world_size or _smallest_world(args)
+        args.rank = rank
+        if not 0 <= rank < args.world_size:
+            raise ConfigError(
+                "--rank", rank, f"0 to {args.world_size - 1}, with {args.world_size} ranks", "give --world-size too"
+            )
+        measured = args.alignment_interval > 0 or args.spectral_interval > 0
+        if measured and not (args.metrics_dir or args.save or args.tensorboard_dir):
+            args.metrics_dir = os.devnull
+            notes.append("a run also needs --metrics-dir, --save or --tensorboard-dir, since metrics are on")
+        megatron.validate_args(args)
+    if args.optimizer not in ("adam", "sgd"):
+        raise ConfigError(
+            "--optimizer", args.optimizer, "adam or sgd: others build param groups of their own", "explain one of these"
+        )
+    if args.hybrid_layer_pattern:
+        raise ConfigError(
+            "--hybrid-layer-pattern", args.hybrid_layer_pattern, "a GPT: no other model is built here", "drop the flag"
+        )
+    return args, notes
+
+
+def _smallest_world(args: Any) -> int:
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    experts = args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    experts *= args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return math.lcm(max(1, model * args.context_parallel_size), max(1, experts))
+
+
+def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    asked = args.transformer_impl
+    with megatrons_checks(), machine_meant():
+        _settle_vocabulary(args, notes)
+        config = gpt_config_from_args(args)
+        config.finalize()
+        if config.should_pad_vocab:
+            tp = args.tensor_model_parallel_size
+            config.vocab_size = calculate_padded_vocab_size(
+                config.vocab_size, config.make_vocab_size_divisible_by, tp, logging_enabled=False
+            )
+            config.should_pad_vocab = False
+    fields: dict[str, Any] = {"perform_initialization": False, "init_model_with_meta_device": True}
+    if not gpu:
+        fields |= _NO_KERNELS
+        # It wants Transformer Engine's FusedAdam, and changes no param group.
+        args.use_precision_aware_optimizer = False
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            setattr(args, name, torch.float32)
+    elif asked == "local":
+        fields["use_cpu_initialization"] = True
+    for name, value in fields.items():
+        setattr(config.transformer, name, value)
+    if not gpu and asked != "local":
+        notes.append(
+            f"no GPU here: --transformer-impl {asked} is shown with Megatron's local layers, which have the same "
+            "parameters with the same shapes, but call a norm input_layernorm.weight, not linear_qkv.layer_norm_weight"
+        )
+    return _Blueprint(config, any_attention=not gpu and asked != "local")
+
+
+def _settle_vocabulary(args: Any, notes: list[str]) -> None:
+    """Find out the size of the vocabulary, from the tokenizer if it can be read here."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    if args.padded_vocab_size is not None:
+        return
+    try:
+        build_tokenizer(args)
+    except Exception as error:
+        if args.vocab_size is None:
+            args.vocab_size = ASSUMED_VOCABULARY
+            notes.append(
+                f"the tokenizer cannot be read here ({' '.join(str(error).split())[:120]}): a vocabulary of "
+                f"{ASSUMED_VOCABULARY:,} is assumed, which decides the shape of embedding and LM head alone; "
+                "--vocab-size sets it"
+            )
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _build(blueprint: _Blueprint) -> list[Any]:
+    """Return this rank's model chunks on the meta device, with the attributes Megatron gives parameters before DDP."""
+    from megatron.core import tensor_parallel
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+
+    config = blueprint.config
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(megatrons_checks())
+        if blueprint.any_attention:
+            stack.enter_context(assigned(LocalSpecProvider, core_attention=lambda self: _Attention))
+        stack.enter_context(torch.device("meta"))
+        chunks: list[Any] = build_virtual_pipeline_stages(
+            config.get_builder_cls()(config).build_model,
+            ProcessGroupCollection.use_mpu_process_groups(),
+            config.transformer.virtual_pipeline_model_parallel_size,
+        )
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return chunks
+
+
+class _Attention(torch.nn.Module):
+    """Stands in for the attention kernel, whose only parameter, if any, is one softmax offset per head."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads))
+
+
+def _described_width(args: Any, settings: Settings) -> WidthConfig:
+    """Return the width settings, with Megatron's own base size where its --use-mup stands alone."""
+    if args.use_mup and settings.width.rule == "none":
+        return replace(settings.width, base_hidden_size=args.mup_base_hidden_size)
+    return settings.width
+
+
+def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Position) -> _Built:
+    """Build one rank's model and param groups, audit the groups as a run does, and read back what is in them."""
+    from megatron.core.optimizer import _get_param_groups
+    from megatron.training import training
+
+    transformer = blueprint.config.transformer
+    width = _described_width(args, settings)
+    with process_groups(args, position.rank) as state:
+        assert (
+            Position(
+                torch.distributed.get_rank(),
+                state.get_tensor_model_parallel_rank(),
+                state.get_pipeline_model_parallel_rank(),
+                state.get_expert_model_parallel_rank(),
+                state.get_expert_tensor_parallel_rank(),
+            )
+            == position
+        ), "Megatron numbers its ranks in another way"
+        chunks = _build(blueprint)
+        parameters = list(describe(chunks, transformer, width, state))
+        with megatrons_checks():
+            config, overrides = training.get_megatron_optimizer_config(args)
+        if args.use_mup:
+            overrides = overrides | training.get_mup_config_overrides(
+                config=config, mup_width_mult=transformer.mup_width_mult, optimizer_type=config.optimizer
+            )
+        plan = make_plan(
+            parameters,
+            width,
+            config,
+            args.end_weight_decay,
+            use_mup=args.use_mup,
+            scope_key=settings.warmup.scope == "width-dependent",
+        )
+        with megatrons_checks():
+            groups = _get_param_groups(chunks, config, {**overrides, **config_overrides(plan)})
+        optimizer = _as_optimizer(groups)
+        audit_build(plan, optimizer)
+        where = (
+            f"rank {position.rank} of {args.world_size}: "
+            f"tensor {position.tensor} of {args.tensor_model_parallel_size}, "
+            f"pipeline {position.pipeline} of {args.pipeline_model_parallel_size}, "
+            f"data {state.get_data_parallel_rank()} of {state.get_data_parallel_world_size()}"
+        )
+        if args.num_experts:
+            where += f", expert {position.expert} of {args.expert_model_parallel_size}"
+    table = hyperparameter_table(plan, optimizer)
+    entries = {entry["name"]: entry for entry in table.pop("parameters")}
+    held = [
+        Held(
+            spec=p.spec,
+            local_shape=tuple(p.parameter.shape),
+            split=bool(getattr(p.parameter, "tensor_model_parallel", False)),
+            is_expert=".experts." in p.spec.name and ".shared_experts." not in p.spec.name,
+            assumed=p.assumed,
+            values=entries[p.spec.name],
+        )
+        for p in parameters
+    ]
+    scaled = {id(p.parameter) for p in parameters if p.spec.role in ("matrix", "output")}
+    return _Built(
+        where,
+        table,
+        tuple(sorted(held, key=lambda h: h.spec.name)),
+        tuple(
+            {key: value for key, value in group.items() if key != "params"}
+            for group in groups
+            if any(id(parameter) in scaled for parameter in group["params"])
+        ),
+    )
+
+
+def _as_optimizer(groups: Sequence[dict[str, Any]]) -> Any:
+    """Return param groups in the shape of Megatron's chained optimizer, one for the experts, as the audit reads it."""
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    children = []
+    for experts in (False, True):
+        child = object.__new__(FP32Optimizer)  # its constructor wants gradients
+        child.optimizer = SimpleNamespace(param_groups=[g for g in groups if g["is_expert_parallel"] == experts])
+        children.append(child)
+    return SimpleNamespace(chained_optimizers=children)
+
+
+def _whole_model(args: Any, settings: Settings, blueprint: _Blueprint) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter of the model on a single rank."""
+    config, args = copy.copy(blueprint.config), copy.copy(args)
+    vars(config)["transformer"] = transformer = copy.copy(config.transformer)
+    for name, value in _UNSPLIT.items():
+        for owner in (transformer, args):
+            if hasattr(owner, name):
+                setattr(owner, name, value)
+    args.world_size = 1
+    with process_groups(args, 0) as state:
+        chunks = _build(replace(blueprint, config=config))
+        return {
+            p.spec.name: p.spec.shape for p in describe(chunks, transformer, _described_width(args, settings), state)
+        }

@@ -1,0 +1,1 @@
+"""The metrics in Megatron's model and training step."""

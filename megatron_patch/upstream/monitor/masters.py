@@ -1,0 +1,127 @@
+"""Where Megatron's optimizers keep the fp32 weights they update, and which slice of each this rank holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.metrics.views import MasterSlice
+from megatron_patch.upstream.width.audit import child_optimizers
+
+
+@dataclass(frozen=True)
+class Master:
+    """The fp32 copy of one model parameter."""
+
+    piece: MasterSlice
+    slice_group: dist.ProcessGroup | None
+    """The ranks among which a distributed optimizer has cut it up; None if every rank holds the whole."""
+    param_group: str
+    """Key of the param group, see `group_key`; empty where this rank owns nothing of the parameter."""
+
+
+def group_key(group: dict[str, Any]) -> str:
+    """Return what tells param groups with different schedules apart: the same text on every rank."""
+    return " ".join(f"{key}={group.get(key)!r}" for key in ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult"))
+
+
+def live_hyperparameters(optimizer: Any) -> dict[str, tuple[float, float]]:
+    """Return learning rate and weight decay of the coming step by `group_key`; every rank has every group."""
+    return {group_key(group): (float(group["lr"]), float(group["weight_decay"])) for group in optimizer.param_groups}
+
+
+def find_masters(optimizer: Any) -> Callable[[torch.nn.Parameter], Master]:
+    """Return what finds the fp32 weights of a model parameter.
+
+    Nothing but list positions is remembered: Megatron replaces group dicts and may replace tensors when it loads.
+
+    Raises:
+        ConfigError: an optimizer that keeps no fp32 weights this package can read.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    found: dict[torch.nn.Parameter, Master] = {}
+    sharding: list[Any] = []
+    for child in child_optimizers(optimizer):
+        if isinstance(child, DistributedOptimizer):
+            sharding.append(child)
+            for attribute, models in (
+                ("shard_fp32_from_float16_groups", child.model_float16_groups),
+                ("shard_fp32_groups", child.model_fp32_groups),
+            ):
+                for g, parameters in enumerate(models):
+                    for i, parameter in enumerate(parameters):
+                        own = child._get_model_param_range_map(parameter)["param"]
+                        _require_fp32(getattr(child, attribute)[g][i])
+                        piece = MasterSlice(_reader(child, attribute, g, i), own.start, own.end, True, _hyper(child, g))
+                        found[parameter] = Master(piece, child.data_parallel_group, _key(child, g))
+        elif isinstance(child, Float16OptimizerWithFloat16Params):
+            for attribute, models in (
+                ("fp32_from_float16_groups", child.float16_groups),
+                ("fp32_from_fp32_groups", child.fp32_from_fp32_groups),
+            ):
+                for g, parameters in enumerate(models):
+                    for i, parameter in enumerate(parameters):
+                        _require_fp32(getattr(child, attribute)[g][i])
+                        found[parameter] = _whole(parameter, _reader(child, attribute, g, i), child, g)
+        elif isinstance(child, FP32Optimizer):
+            for g, group in enumerate(child.optimizer.param_groups):
+                for parameter in group["params"]:
+                    found[parameter] = _whole(parameter, _own_data(parameter), child, g)
+        else:
+            raise ConfigError(
+                "--optimizer",
+                type(child).__qualname__,
+                "Adam or SGD, with or without --use-distributed-optimizer, while metrics are on",
+                "change the optimizer or set --alignment-interval and --spectral-interval to 0",
+            )
+
+    def master(parameter: torch.nn.Parameter) -> Master:
+        if parameter in found:
+            return found[parameter]
+        for child in sharding:
+            if any(parameter in buffer.param_index_map for buffer in child.buffers):
+                nothing = MasterSlice(lambda: torch.empty(0, device=parameter.device), 0, 0, True, lambda: (0.0, 0.0))
+                return Master(nothing, child.data_parallel_group, "")
+        raise RuntimeError("a monitored weight is in no optimizer of this rank")
+
+    return master
+
+
+def _whole(parameter: torch.nn.Parameter, read: Callable[[], Tensor], child: Any, group: int) -> Master:
+    return Master(MasterSlice(read, 0, parameter.numel(), False, _hyper(child, group)), None, _key(child, group))
+
+
+def _key(child: Any, group: int) -> str:
+    return group_key(child.optimizer.param_groups[group])
+
+
+def _own_data(parameter: torch.nn.Parameter) -> Callable[[], Tensor]:
+    return lambda: parameter.detach().reshape(-1)
+
+
+def _reader(child: Any, attribute: str, group: int, index: int) -> Callable[[], Tensor]:
+    return lambda: getattr(child, attribute)[group][index].detach().reshape(-1)
+
+
+def _hyper(child: Any, group: int) -> Callable[[], tuple[float, float]]:
+    def read() -> tuple[float, float]:
+        live = child.optimizer.param_groups[group]
+        return float(live["lr"]), float(live["weight_decay"])
+
+    return read
+
+
+def _require_fp32(master: Tensor | None) -> None:
+    if master is None or master.dtype != torch.float32:
+        raise ConfigError(
+            "--use-precision-aware-optimizer",
+            "keeps no fp32 weights" if master is None else f"keeps weights in {master.dtype}",
+            "fp32 master weights, from which the update is measured, while metrics are on",
+            "drop the flag, or set --alignment-interval and --spectral-interval to 0",
+        )

@@ -1,0 +1,310 @@
+"""The audit: what every live parameter is trained with, read back from the optimizer, against what the rule says."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.upstream.hooks import argument
+from megatron_patch.upstream.width.plan import Plan
+
+_TOLERANCE = 1e-9
+"""Relative; the live values are the planned ones up to the rounding of one or two float64 products."""
+
+IDENTIFIER_KEYS = (
+    "wd_mult",
+    "lr_mult",
+    "is_expert_parallel",
+    "is_decoupled_lr",
+    "max_lr",
+    "min_lr",
+    "start_wd",
+    "end_wd",
+)
+"""What Megatron matches saved and live param groups by (0.19's, a superset of earlier ones)."""
+
+_CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
+    ("width_scaling", "none"),
+    ("base_hidden_size", None),
+    ("base_ffn_hidden_size", None),
+    ("base_kv_projection_size", None),
+    ("base_moe_ffn_hidden_size", None),
+    ("base_moe_shared_expert_intermediate_size", None),
+    ("base_moe_latent_size", None),
+    ("base_q_lora_rank", None),
+    ("base_kv_lora_rank", None),
+    ("base_mamba_inner_size", None),
+    ("base_linear_attention_inner_size", None),
+    ("lr_width_exponent", None),
+    ("wd_width_exponent", None),
+    ("vector_lr", None),
+    ("embedding_weight_decay", None),
+    ("no_scale_output_layer", False),
+    ("scale_adam_eps", False),
+    ("use_mup", False),
+    ("extra_warmup", "none"),
+    ("extra_warmup_scope", "all"),
+    ("lr", None),
+    ("min_lr", None),
+    ("start_weight_decay", None),
+    ("end_weight_decay", None),
+    ("adam_eps", None),
+)
+_MEGATRONS_FLAGS = ("--lr", "--min-lr", "--start-weight-decay", "--end-weight-decay", "--adam-eps", "--use-mup")
+
+
+def child_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizers inside Megatron's ChainedOptimizer that hold parameters on this rank."""
+    children = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [child for child in children if not getattr(child, "is_stub_optimizer", False)]
+
+
+def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
+    """Yield every live param group with the model parameters it trains on this rank.
+
+    Under the distributed optimizer these are the parameters of which this rank owns a slice.
+
+    Raises:
+        AuditError: an optimizer class whose parameters this package cannot trace.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for child in child_optimizers(optimizer):
+        groups = child.optimizer.param_groups
+        members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
+        if isinstance(child, DistributedOptimizer):
+            for parameter, (index, _) in child.model_param_group_index_map.items():
+                members[index].append(parameter)
+        elif isinstance(child, Float16OptimizerWithFloat16Params):
+            members = [a + b for a, b in zip(child.float16_groups, child.fp32_from_fp32_groups, strict=True)]
+        elif isinstance(child, FP32Optimizer):
+            members = [list(group["params"]) for group in groups]
+        else:
+            raise AuditError(
+                f"the optimizer {type(child).__module__}.{type(child).__qualname__} keeps its parameters in a way "
+                "megatron_patch cannot audit; use Adam with or without --use-distributed-optimizer"
+            )
+        yield from zip(groups, members, strict=True)
+
+
+def audit_build(plan: Plan, optimizer: Any) -> None:
+    """Prove that no two param groups can be confused on resume, and that every group holds what the rule says.
+
+    Without a rule the groups are Megatron's or the script's own, and only that every parameter is in one is checked.
+
+    Raises:
+        AuditError: naming the parameter or the groups.
+    """
+    for child in child_optimizers(optimizer) if plan.width.active else ():
+        seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for group in child.optimizer.param_groups:
+            key = tuple(group.get(name) for name in IDENTIFIER_KEYS)
+            if key in seen:
+                raise AuditError(
+                    f"two param groups share lr_mult={group['lr_mult']}, wd_mult={group['wd_mult']} and Megatron would "
+                    "mix them up on resume (they differ only in keys it does not compare); for a layer with m = 1 use "
+                    "--extra-warmup-scope all"
+                )
+            seen[key] = group
+    audit_groups(plan, optimizer)
+
+
+def audit_groups(plan: Plan, optimizer: Any) -> None:
+    """Compare every parameter's live group with the plan: peak and minimum LR, weight decay, their product, eps.
+
+    Raises:
+        AuditError: naming the first parameter of this rank that differs, the field, the live and the planned value.
+    """
+    names = {id(p.parameter): p.spec.name for p in plan.parameters}
+    found: set[str] = set()
+    for group, parameters in live_groups(optimizer):
+        for parameter in parameters:
+            name = names.get(id(parameter))
+            if name is None:
+                raise AuditError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} unknown to the model"
+                )
+            if name in found:
+                raise AuditError(f"{name} is in two param groups")
+            found.add(name)
+            if not plan.width.active:
+                continue
+            planned = plan.hyperparameters[name]
+            live = {
+                "max_lr": group["max_lr"],
+                "min_lr": group["min_lr"] or 0.0,
+                "wd_mult": group["wd_mult"],
+                "eps": group.get("eps", planned.eps),
+                "lr*weight_decay": group["max_lr"] * group["wd_mult"],
+            }
+            expected = {
+                "max_lr": planned.lr,
+                "min_lr": planned.min_lr,
+                "wd_mult": planned.factors.weight_decay,
+                "eps": planned.eps,
+                "lr*weight_decay": planned.lr * planned.factors.weight_decay,
+            }
+            _compare(name, plan.rule.name, live, expected)
+    sharded = any(hasattr(child, "model_param_group_index_map") for child in child_optimizers(optimizer))
+    missing = set(names.values()) - found
+    if missing and not sharded:
+        raise AuditError(f"{sorted(missing)[0]} is in no param group: the optimizer does not train it")
+
+
+def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
+    """Compare the LR and weight decay that the coming step will really use with the schedule times the plan's factors.
+
+    Raises:
+        AuditError: naming the parameter.
+    """
+    if not plan.width.active:
+        return
+    names = {id(p.parameter): p.spec.name for p in plan.parameters}
+    base_decay = scheduler.get_wd()
+    for group, parameters in live_groups(optimizer):
+        for parameter in parameters:
+            name = names[id(parameter)]
+            planned = plan.hyperparameters[name]
+            base_lr = scheduler.base_lr({"max_lr": planned.lr, "min_lr": planned.min_lr, "lr_mult": planned.factors.lr})
+            scoped = scheduler.warmup.scope == "all" or "width_dependent" in dict(plan.override_keys[name])
+            lr = base_lr * (scheduler.factor() if scoped else 1.0)
+            decay = base_decay * planned.factors.weight_decay
+            live_lr, live_decay = float(group["lr"]), float(group["weight_decay"])
+            _compare(
+                name,
+                plan.rule.name,
+                {"lr": live_lr, "weight_decay": live_decay, "lr*weight_decay": live_lr * live_decay},
+                {"lr": lr, "weight_decay": decay, "lr*weight_decay": lr * decay},
+            )
+
+
+def _compare(name: str, rule: str, live: Mapping[str, float], expected: Mapping[str, float]) -> None:
+    for field, value in expected.items():
+        if not math.isclose(live[field], value, rel_tol=_TOLERANCE, abs_tol=0.0):
+            raise AuditError(
+                f"{name}: the optimizer has {field} = {live[field]:.12g}, but --width-scaling {rule} gives {value:.12g}"
+            )
+
+
+def agree_on_errors(error: Exception | None) -> None:
+    """Raise on every rank if the audit failed on any, so that no rank waits for a peer that has stopped.
+
+    Raises:
+        AuditError: with the first failing rank's message.
+    """
+    if torch.distributed.is_initialized():
+        messages: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(messages, None if error is None else str(error))
+        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+        if failed:
+            raise AuditError(f"rank {failed[0][0]}: {failed[0][1]}")
+    elif error is not None:
+        raise error
+
+
+def check_checkpoint(saved: Any, args: Any, plan: Plan, weights_only: bool, in_groups: bool = False) -> str | None:
+    """Compare the checkpoint's arguments with this run's before anything of it is loaded; a collective call.
+
+    Args:
+        saved: the namespace stored in the checkpoint; flags it lacks had their defaults.
+        args: this run's.
+        plan: this run's.
+        weights_only: the optimizer starts anew, as with --finetune and --no-load-optim.
+        in_groups: the checkpoint keeps the optimizer state by place in the param groups, as --ckpt-format torch does,
+            and not by parameter.
+
+    Returns:
+        What a user should know of a checkpoint from before this package; None for others.
+
+    Raises:
+        ConfigError: a diff of both, unless --override-width-scaling; or that flag where it cannot be honoured.
+    """
+    before_us = not hasattr(saved, "width_scaling")
+    differences = [
+        f"--{key.replace('_', '-')}: {then} -> {now}"
+        for key, then, now in (
+            (key, getattr(saved, key, default), getattr(args, key, default)) for key, default in _CHECKPOINT_KEYS
+        )
+        if then != now
+    ]
+    changed = [d for d in differences if not before_us or d.partition(":")[0] in _MEGATRONS_FLAGS]
+    if weights_only:
+        consequence = "only its weights are used, and the optimizer starts anew"
+    elif not differences:
+        consequence = "it was trained with the same hyperparameters"
+    elif before_us and not changed and changes_nothing(plan, args):
+        consequence = "at this width the rule gives every parameter what it was trained with"
+    else:
+        _refuse_or_override(args, f"(checkpoint -> this run: {'; '.join(differences)})", in_groups)
+        consequence = f"its optimizer goes on with other hyperparameters ({'; '.join(differences)})"
+    if not before_us:
+        return None
+    return (
+        f"> --load {args.load}: a checkpoint from before megatron_patch; {consequence}; predicted weight norms and an "
+        "extra warmup begin here"
+    )
+
+
+def changes_nothing(plan: Plan, args: Any) -> bool:
+    """Return whether every LR and weight decay of the whole model is Megatron's own; a collective call.
+
+    An extra warmup has the factor 1 at the width of the base model.
+    """
+    warmed = args.extra_warmup != "none" and args.base_hidden_size != args.hidden_size
+    ours = not warmed and not any(plan.override_keys.values())
+    everyone: list[Any] = [ours]
+    if torch.distributed.is_initialized():
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, ours)
+    return all(everyone)
+
+
+def _refuse_or_override(args: Any, changes: str, in_groups: bool) -> None:
+    if not args.override_width_scaling:
+        raise ConfigError(
+            "--load",
+            args.load,
+            f"the hyperparameters of the checkpoint {changes}",
+            "give the checkpoint's values, or add --override-width-scaling to go on with the new ones",
+        )
+    if in_groups:
+        raise ConfigError(
+            "--override-width-scaling",
+            f"with {args.load}",
+            "a checkpoint of --ckpt-format torch_dist: in this one the optimizer state belongs to places in the old "
+            f"param groups, not to parameters {changes}",
+            "save it again as torch_dist with the old values, or add --no-load-optim to start with a new optimizer",
+        )
+
+
+def adopt_live_groups(optimizer: Any) -> None:
+    """Make loading keep this run's param-group values and take only the optimizer state from the checkpoint.
+
+    For --override-width-scaling: Megatron matches groups by their LR and weight decay and would find no counterpart,
+    and where their number differs it cannot even put what it has read into its place. The state of every parameter is
+    keyed by the parameter itself in Megatron's distributed checkpoints, so all that is needed is to keep the list of
+    groups out of its way.
+    """
+    for child in child_optimizers(optimizer):
+        shard, load = child.sharded_state_dict, child.load_state_dict
+
+        def without_groups(*args: Any, shard: Any = shard, **kwargs: Any) -> Any:
+            state_dict = shard(*args, **kwargs)
+            if argument(shard, "is_loading", args, kwargs):
+                inner = state_dict.get("optimizer", state_dict)
+                if isinstance(inner, dict):  # else one object of the whole, read as it was saved
+                    inner.pop("param_groups", None)
+            return state_dict
+
+        def adopting(state_dict: dict[str, Any], child: Any = child, load: Any = load) -> None:
+            inner = state_dict.get("optimizer", state_dict)
+            saved = inner["param_groups"]
+            step = {key: saved[0][key] for key in ("step",) if saved and key in saved[0]}
+            live = child.optimizer.state_dict()["param_groups"]
+            inner["param_groups"] = [{**group, **step} for group in live]
+            load(state_dict)
+
+        child.sharded_state_dict, child.load_state_dict = without_groups, adopting

@@ -1,0 +1,234 @@
+"""The width rule as Megatron's own `config_overrides`, and the initial weights by fan-in."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_patch.config import WidthConfig
+from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.theory.width import RULES, Multipliers, Rule, multipliers
+from megatron_patch.upstream.width.parameters import NamedParameter, is_convolution
+
+# The layers that Megatron initialises with a smaller std the deeper the model is.
+_WRITES_RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2|out_proj|fc2_latent_proj)\.")
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What one parameter is trained with, at the peak of the schedule."""
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+    """At the end of the weight-decay schedule (it is constant unless asked otherwise)."""
+    eps: float
+    factors: Multipliers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every parameter of this rank with its hyperparameters according to the rule."""
+
+    width: WidthConfig
+    rule: Rule
+    weight_decay: float
+    """lambda of the base model, at the end of the weight-decay schedule."""
+    parameters: tuple[NamedParameter, ...]
+    hyperparameters: Mapping[str, Hyperparameters]
+    """By global parameter name."""
+    override_keys: Mapping[str, tuple[tuple[str, float], ...]]
+    """By global parameter name: the sorted items of the param-group override the parameter needs."""
+
+
+def rule_of(width: WidthConfig) -> Rule:
+    """Return the rule with its exponents; those of custom come from the flags."""
+    if width.rule != "custom":
+        return RULES[width.rule]
+    assert width.lr_exponent is not None and width.wd_exponent is not None  # WidthConfig.validate
+    return Rule("custom", width.lr_exponent, width.wd_exponent, "--lr-width-exponent, --wd-width-exponent")
+
+
+def make_plan(
+    parameters: Sequence[NamedParameter],
+    width: WidthConfig,
+    config: Any,
+    weight_decay: float,
+    *,
+    use_mup: bool = False,
+    scope_key: bool = False,
+) -> Plan:
+    """Work out what the rule gives every parameter.
+
+    Args:
+        parameters: all trainable parameters of this rank.
+        width: the rule.
+        config: Megatron's OptimizerConfig: lr, min_lr, adam_eps, apply_wd_to_qk_layernorm.
+        weight_decay: lambda of the base model, at the end of the weight-decay schedule.
+        use_mup: Megatron's own --use-mup adds the overrides of LR and eps.
+        scope_key: mark the groups that depend on width, for a warmup that applies to those alone.
+
+    Raises:
+        ConfigError: a weight decay of embeddings without one to be a multiple of; --use-mup for a model whose layers
+            have several width multipliers.
+    """
+    rule = rule_of(width)
+    if use_mup and width.active:
+        _check_single_multiplier(parameters)
+    base_min_lr = config.min_lr or 0.0
+    embedding_decay = width.embedding_weight_decay
+    if embedding_decay is not None and not weight_decay:
+        if embedding_decay:
+            raise ConfigError(
+                "--embedding-weight-decay",
+                embedding_decay,
+                "a --weight-decay above 0: Megatron keeps weight decays as multiples of it",
+                "give --weight-decay, or drop this flag",
+            )
+        embedding_decay = 1.0
+    elif embedding_decay is not None:
+        embedding_decay /= weight_decay
+    hyperparameters: dict[str, Hyperparameters] = {}
+    keys: dict[str, tuple[tuple[str, float], ...]] = {}
+    for p in parameters:
+        factors, at_base_width = (
+            multipliers(
+                rule,
+                p.spec.role,
+                m,
+                vector_lr=1.0 if width.vector_lr is None else width.vector_lr / config.lr,
+                embedding_weight_decay=embedding_decay,
+                scale_output=width.scale_output_layer,
+                scale_eps=width.scale_adam_eps,
+            )
+            for m in (p.spec.m, 1.0)
+        )
+        width_dependent = scope_key and factors != at_base_width
+        if p.spec.role == "vector" and config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name):
+            factors = Multipliers(factors.lr, 1.0 if rule.decays else 0.0, factors.eps)
+        hyperparameters[p.spec.name] = Hyperparameters(
+            lr=config.lr * factors.lr,
+            min_lr=base_min_lr * factors.lr,
+            weight_decay=weight_decay * factors.weight_decay,
+            eps=config.adam_eps * factors.eps,
+            factors=factors,
+        )
+        shrink = hyperparameters[p.spec.name].lr * hyperparameters[p.spec.name].weight_decay
+        if shrink >= 1:
+            raise ConfigError(
+                "--weight-decay",
+                weight_decay,
+                f"a product with the LR below 1: for {p.spec.name} it is {shrink:.3g} and one step would wipe it out",
+                "lower --lr or --weight-decay",
+            )
+        keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, width_dependent).items()))
+    return Plan(width, rule, weight_decay, tuple(parameters), hyperparameters, keys)
+
+
+def _check_single_multiplier(parameters: Sequence[NamedParameter]) -> None:
+    by_m = {p.spec.m: p.spec.name for p in parameters if p.spec.role == "matrix"}
+    if len(by_m) > 1:
+        (m, name), (other_m, other) = sorted(by_m.items())[:2]
+        raise ConfigError(
+            "--use-mup",
+            f"with m = {m:g} for {name} and m = {other_m:g} for {other}",
+            "one width multiplier for all layers: Megatron divides every LR by the ratio of the hidden sizes",
+            "drop the flags --base-... other than --base-hidden-size, or drop --use-mup",
+        )
+
+
+def _is_qk_layernorm(name: str) -> bool:
+    """The names that Megatron's --apply-wd-to-qk-layernorm exempts from its "no decay" for vectors."""
+    return "q_layernorm." in name or "k_layernorm." in name
+
+
+def _override(
+    p: NamedParameter, factors: Multipliers, config: Any, use_mup: bool, width_dependent: bool
+) -> dict[str, float]:
+    """Return the keys in which a parameter's group must differ from Megatron's default group."""
+    override: dict[str, float] = {}
+    if factors.lr != 1.0:
+        # `lr_mult` is in the key by which groups are matched on resume and nothing reads it: it keeps groups that
+        # differ in LR alone apart in every Megatron version.
+        override["lr_mult"] = factors.lr
+        if not use_mup:
+            override["max_lr"] = config.lr * factors.lr
+            override["min_lr"] = (config.min_lr or 0.0) * factors.lr
+    decayed_by_default = p.spec.role != "vector" or (config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name))
+    if decayed_by_default and factors.weight_decay != 1.0:
+        # Vectors are left to Megatron's own override, wd_mult=0: a second value for the same key is refused by it.
+        override["wd_mult"] = factors.weight_decay
+    if factors.eps != 1.0 and not use_mup:
+        override["eps"] = config.adam_eps * factors.eps
+    if width_dependent:
+        override["width_dependent"] = 1.0
+    return override
+
+
+def config_overrides(plan: Plan) -> dict[Any, Any]:
+    """Return the plan in Megatron's public form: a dict of ParamKey -> ParamGroupOverride.
+
+    Matching is by identity of the parameter, so that a rule matches exactly the parameters it was computed for.
+    """
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    members: dict[tuple[tuple[str, float], ...], set[int]] = {}
+    for p in plan.parameters:
+        key = plan.override_keys[p.spec.name]
+        if key:
+            members.setdefault(key, set()).add(id(p.parameter))
+    return {
+        # Predicates are compared by name alone: the name says everything the override says.
+        ParamKey(
+            with_name_predicate=ParamWithNamePredicate(
+                name="megatron_patch " + " ".join(f"{k}={v!r}" for k, v in key),
+                fn=lambda parameter, name, ids=frozenset(ids): id(parameter) in ids,
+            )
+        ): dict(key)
+        for key, ids in members.items()
+    }
+
+
+@torch.no_grad()
+def initialise_by_fan_in(parameters: Sequence[NamedParameter], config: Any) -> None:
+    """Rescale freshly built weights in place to std 1/sqrt(own global fan-in), embeddings to 1/sqrt(hidden).
+
+    Megatron drew every weight as N(0, s^2) with one of three known s, the same global matrix at any tensor-parallel
+    size under its own random-number discipline; multiplying by std/s keeps both properties.
+
+    Args:
+        parameters: all trainable parameters of this rank, before any optimizer copied them.
+        config: the model's TransformerConfig (init_method_std, embedding_init_method_std, num_layers, ...).
+
+    Raises:
+        AuditError: a weight whose RMS is none of the stds that Megatron uses, so that its factor is unknown.
+
+    Source: arXiv 2510.19093, G.3.
+    """
+    depth = 2.0 if not getattr(config, "is_hybrid_model", False) else 1.0
+    std = config.init_method_std
+    std_into_residual = std / math.sqrt(depth * config.num_layers)
+    embedding_std = getattr(config, "embedding_init_method_std", None) or std
+    for p in parameters:
+        if p.spec.role == "vector" or is_convolution(p.spec.name):
+            continue
+        weight = p.parameter.data
+        rms = weight.float().square().mean().sqrt().item()
+        # Six standard errors of the RMS of a Gaussian sample of this size, and bf16's rounding.
+        tolerance = 6 / math.sqrt(2 * weight.numel()) + 0.01
+        if p.spec.role == "embedding":
+            usual = embedding_std
+        else:
+            usual = std_into_residual if _WRITES_RESIDUAL.search(f".{p.spec.name}") else std
+        # What this layer has by its name comes first: the RMS of a tiny one may fit two stds, another one on each rank.
+        stds = dict.fromkeys((usual, std, std_into_residual, embedding_std))
+        drawn = next((s for s in stds if abs(rms / s - 1) <= tolerance), None)
+        if drawn is None:
+            raise AuditError(
+                f"--init-scaling fan-in: {p.spec.name} has RMS {rms:.4g}, which is none of Megatron's initial stds "
+                f"{', '.join(f'{s:.4g}' for s in stds)}; drop --init-scaling or initialise this layer in the model"
+            )
+        weight.mul_(1 / math.sqrt(p.spec.fan_in) / drawn)

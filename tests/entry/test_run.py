@@ -1,0 +1,849 @@
+"""``python -m megatron_patch run``: flags from YAML and command line, and scripts that cannot tell the difference."""
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_patch.entry import run as run_module
+from megatron_patch.entry.run import (
+    DEFAULT_SCRIPT,
+    USAGE,
+    explain_unknown,
+    split_command_line,
+    yaml_arguments,
+)
+from megatron_patch.errors import ConfigError
+from megatron_patch.files.yaml_flags import load_yaml
+from tests.support.pool import ROOT, Pool
+
+# --- the words after `run` -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    """The path of a script that need not do anything."""
+    path = tmp_path / "script.py"
+    path.write_text("")
+    return str(path)
+
+
+def test_script_and_its_arguments(script: str) -> None:
+    assert split_command_line([script, "--lr", "1", "--config", "x"]) == (None, script, ["--lr", "1", "--config", "x"])
+
+
+@pytest.mark.parametrize("config", [["--config", "a.yaml"], ["--config=a.yaml"]])
+def test_config_comes_first(config: list[str], script: str) -> None:
+    assert split_command_line([*config, script, "--lr", "1"]) == ("a.yaml", script, ["--lr", "1"])
+    assert split_command_line([*config, "--lr", "1"]) == ("a.yaml", DEFAULT_SCRIPT, ["--lr", "1"])
+    assert split_command_line(config) == ("a.yaml", DEFAULT_SCRIPT, [])
+
+
+def test_two_dashes_before_the_script(script: str, tmp_path: Path) -> None:
+    assert split_command_line(["--", script, "--", "--lr", "1"]) == (None, script, ["--", "--lr", "1"])
+    assert split_command_line(["--config", "a.yaml", "--", script]) == ("a.yaml", script, [])
+    assert split_command_line(["--"]) == (None, DEFAULT_SCRIPT, [])
+    with pytest.raises(ConfigError, match=r"^SCRIPT\.py --lr: expected an existing Python file"):
+        split_command_line(["--", "--lr", "1"])
+
+
+def test_without_a_script_the_projects_own() -> None:
+    assert split_command_line(["--lr", "1"]) == (None, DEFAULT_SCRIPT, ["--lr", "1"])
+    assert Path(DEFAULT_SCRIPT).relative_to(ROOT) == Path("launch/pretrain_gpt.py")
+
+
+@pytest.mark.parametrize("argv", [["--config"], ["--config="], ["--config", "--lr", "1"], ["--config", ""]])
+def test_config_without_a_file(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^--config not given: expected a YAML file; name the file after --config$"):
+        split_command_line(argv)
+
+
+@pytest.mark.parametrize("missing", ["no_such_script.py", ".", "40"])
+def test_script_that_does_not_exist(missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^SCRIPT\.py {missing}: expected an existing Python file; check the path"):
+        split_command_line([missing, "--lr", "1"])
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, text: str | bytes) -> str:
+    path = tmp_path / "flags.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """A small parser with every kind of option that Megatron's has."""
+    parser = argparse.ArgumentParser(prog="test", allow_abbrev=False)
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--save")
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--no-rope-fusion", "--disable-rope-fusion", action="store_false", dest="rope_fusion")
+    parser.add_argument("--override-opt_param-scheduler", "--override-opt-param-scheduler", action="store_true")
+    parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    return parser
+
+
+def parsed(path: str, command_line: Sequence[str] = ()) -> dict[str, Any]:
+    """What the small parser makes of a file and a command line, without the defaults."""
+    words = [*yaml_arguments(load_yaml(path), parser(), command_line), *command_line]
+    defaults = vars(parser().parse_args([]))
+    return {name: value for name, value in vars(parser().parse_args(words)).items() if value != defaults[name]}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("# nothing\n", {}),
+        ("num-layers: 4", {"num_layers": 4}),
+        ("num_layers: 4", {"num_layers": 4}),
+        ("--num-layers: 4", {"num_layers": 4}),
+        ("lr: 1e-3", {"lr": 1e-3}),
+        ("lr: 0.00001", {"lr": 1e-5}),
+        ("lr: -1", {"lr": -1.0}),
+        ("lr: -1.0e-3", {"lr": -1e-3}),
+        ("lr: .inf", {"lr": float("inf")}),
+        ("lr: null", {}),
+        ("lr: ~", {}),
+        ("lr:", {}),
+        ("save: 'a b'", {"save": "a b"}),
+        ("save: ''", {"save": ""}),
+        ("save: --strange", {"save": "--strange"}),
+        ("save: -x", {"save": "-x"}),
+        ("save: 'true'", {"save": "true"}),
+        ("save: ünïcode", {"save": "ünïcode"}),
+        ("bf16: true", {"bf16": True}),
+        ("bf16: false", {}),
+        ("bf16: null", {}),
+        ("no-rope-fusion: true", {"rope_fusion": False}),
+        ("disable-rope-fusion: true", {"rope_fusion": False}),
+        ("no-rope-fusion: false", {}),
+        ("override-opt-param-scheduler: true", {"override_opt_param_scheduler": True}),
+        ("override_opt_param_scheduler: true", {"override_opt_param_scheduler": True}),
+        ("prefix-caching: false", {"prefix_caching": False}),
+        ("prefix-caching: true", {}),
+        ("no-prefix-caching: true", {"prefix_caching": False}),
+        ("no-prefix-caching: false", {}),
+        ("data-path: a", {"data_path": ["a"]}),
+        ("data-path: [0.5, a, 0.5, b]", {"data_path": ["0.5", "a", "0.5", "b"]}),
+        ("data-path: []", {"data_path": []}),
+        ("data-path: [a]\nnum-layers: 3", {"data_path": ["a"], "num_layers": 3}),
+        ("base: &b 7\nnum-layers: *b", None),
+    ],
+)
+def test_values(tmp_path: Path, text: str, expected: dict[str, Any] | None) -> None:
+    if expected is None:  # an unknown key is passed on, for the script may know it; alone it is nobody's
+        assert yaml_arguments(load_yaml(written(tmp_path, text)), parser(), []) == ["--base", "7", "--num-layers", "7"]
+    else:
+        assert parsed(written(tmp_path, text), []) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "command_line", "expected"),
+    [
+        ("lr: 1\nnum-layers: 2", ["--lr", "3"], {"lr": 3.0, "num_layers": 2}),
+        ("lr: 1", ["--lr=3"], {"lr": 3.0}),
+        ("num_layers: 1", ["--num-layers", "3"], {"num_layers": 3}),
+        ("data-path: [a, b]", ["--data-path", "c"], {"data_path": ["c"]}),
+        ("disable-rope-fusion: true", ["--no-rope-fusion"], {"rope_fusion": False}),
+        ("prefix-caching: false", ["--prefix-caching"], {}),
+        ("prefix-caching: true", ["--no-prefix-caching"], {"prefix_caching": False}),
+        (
+            "override_opt_param_scheduler: false",
+            ["--override-opt_param-scheduler"],
+            {"override_opt_param_scheduler": True},
+        ),
+    ],
+)
+def test_command_line_wins(tmp_path: Path, text: str, command_line: list[str], expected: dict[str, Any]) -> None:
+    assert parsed(written(tmp_path, text), command_line) == expected
+
+
+def test_yaml_gives_way_entirely_to_a_flag_on_the_command_line(tmp_path: Path) -> None:
+    """Not only the last of two counts: a value that would be refused is never looked at."""
+    flags = load_yaml(written(tmp_path, "num-layers: many\nlr: 1"))
+    assert yaml_arguments(flags, parser(), ["--num-layers", "2"]) == ["--lr", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "--config FILE: expected valid YAML at line 1; correct it: "),
+        ("lr: 1\nnum-layers: 4\n  save: x\n", "--config FILE: expected valid YAML at line 3; correct it: "),
+        ("lr: 1\n\tsave: x", "--config FILE: expected valid YAML at line 2; correct it: "),
+        ("lr: 1\n---\nlr: 2", "--config FILE: expected valid YAML at line 2; correct it: "),
+        ("? [a]\n: 1", "--config FILE: expected valid YAML at line 1; correct it: "),
+        ("lr: *nobody", "--config FILE: expected valid YAML at line 1; correct it: "),
+        ("lr: 2001-02-30", "--config FILE: expected valid YAML; correct it: "),
+        ("lr: " + "9" * 5000, "--config FILE: expected valid YAML; correct it: "),
+        ("lr: " + "[" * 1000, "--config FILE: expected valid YAML"),
+        ("lr: !!int ''", "--config FILE: expected valid YAML; correct it: "),
+        (b"\xff\xfe\x00", "--config FILE: expected valid YAML; correct it: "),
+        (b"save: \x01", "--config FILE: expected valid YAML; correct it: "),
+        (b"\x80\x04\x95binary", "--config FILE: expected valid YAML; correct it: "),
+        (
+            "just words",
+            "--config FILE: expected a mapping of flag names to values; write one `flag-name: value` a line",
+        ),
+        ("- lr\n- 1", "--config FILE: expected a mapping of flag names to values; write one `flag-name: value` a line"),
+        ("42", "--config FILE: expected a mapping of flag names to values; write one `flag-name: value` a line"),
+        ("lr: 1\nlr: 2", "FILE: lr at line 2: expected each flag once, and line 1 has it; delete one"),
+        ("num-layers: 1\nlr: 1\nnum_layers: 2", "FILE: num_layers at line 3: expected each flag once, and line 1"),
+        ("lr: 1\n--lr: 1", "FILE: --lr at line 2: expected each flag once, and line 1"),
+        ("model:\n  lr: 1", "FILE: model {'lr': 1}: expected a value or a list of values; write the flags flat"),
+        (
+            "data-path: [[a, b]]",
+            "FILE: data-path [['a', 'b']]: expected a value or a list of values; write the flags flat",
+        ),
+        (
+            "data-path: [{a: b}]",
+            "FILE: data-path [{'a': 'b'}]: expected a value or a list of values; write the flags flat",
+        ),
+        ("1: 2", "FILE: 1 2: expected the name of a flag before the colon; correct or quote it"),
+        ("on: 2", "FILE: True 2: expected the name of a flag before the colon; correct or quote it"),
+        ("'': 2", "FILE:  2: expected the name of a flag before the colon; correct or quote it"),
+        ("num layers: 2", "FILE: num layers 2: expected the name of a flag before the colon; correct or quote it"),
+        ("'lr=1': 2", "FILE: lr=1 2: expected the name of a flag before the colon; correct or quote it"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_refused_files(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    shown = str(caught.value)
+    assert shown.startswith(message.replace("FILE", path))
+    assert "\n" not in shown
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!!python/object:object"])
+def test_only_plain_yaml_is_read(tmp_path: Path, tag: str) -> None:
+    """A file of flags must not be able to run code."""
+    target = tmp_path / "made"
+    with pytest.raises(ConfigError, match=r"expected valid YAML at line 1; .*could not determine a constructor"):
+        load_yaml(written(tmp_path, f"save: {tag} ['{target}']"))
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(("name", "why"), [("absent.yaml", "No such file or directory"), ("", "Is a directory")])
+def test_unreadable_file(tmp_path: Path, name: str, why: str) -> None:
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    assert str(caught.value) == f"--config {path}: expected a readable file; check the path ({why})"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("save: true", "--save True: expected a value, since it takes one; correct the YAML file"),
+        ("num-layers: false", "--num-layers False: expected a value, since it takes one; correct the YAML file"),
+        ("bf16: 1", "--bf16 1: expected true or false, since it takes no value; correct the YAML file"),
+        ("bf16: []", "--bf16 []: expected true or false, since it takes no value; correct the YAML file"),
+        ("prefix-caching: 'no'", "--prefix-caching no: expected true or false, since it takes no value; correct"),
+        ("lr: [1, 2]", "--lr [1.0, 2.0]: expected one value; correct the YAML file".replace(".0", "")),
+    ],
+)
+def test_values_of_the_wrong_kind(tmp_path: Path, text: str, message: str) -> None:
+    """Else `save: false` would make a folder called False, and the parser would complain about a stray 1."""
+    with pytest.raises(ConfigError) as caught:
+        yaml_arguments(load_yaml(written(tmp_path, text)), parser(), [])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "num-layer: 4",
+            "FILE: num-layer 4: expected a flag of Megatron or of megatron_patch; did you mean num-layers?",
+        ),
+        ("bf61: true", "FILE: bf61 True: expected a flag of Megatron or of megatron_patch; did you mean bf16?"),
+        ("rope-fusion: false", "FILE: rope-fusion False: .*; did you mean (no|disable)-rope-fusion?"),
+        ("numlayers: null", "FILE: numlayers not given: .*; did you mean num-layers?"),
+        ("own-flagg: 1", "FILE: own-flagg 1: .*; did you mean own-flag?"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(tmp_path: Path, text: str, message: str) -> None:
+    """Also where nothing of them would reach the command line: `rope-fusion: false` does not switch anything off."""
+    path = written(tmp_path, text)
+    flags, known = load_yaml(path), parser()
+    explain_unknown(path, flags, known)
+    known.add_argument("--own_flag")  # a script adds its flags after Megatron
+    pattern = "^" + message.replace("?", r"\?").replace("FILE", path) + "$"
+    with pytest.raises(ConfigError, match=pattern):
+        known.parse_args(yaml_arguments(flags, parser(), []))
+
+
+@pytest.mark.parametrize("key", ["own-flag", "own_flag", "--own_flag"])
+def test_flags_of_the_scripts_own(tmp_path: Path, key: str) -> None:
+    flags, known = load_yaml(written(tmp_path, f"{key}: 5\nown-switch: true\nlr: 1")), parser()
+    explain_unknown("", flags, known)
+    known.add_argument("--own_flag", type=int)
+    known.add_argument("--own-switch", action="store_true")
+    found = known.parse_args(yaml_arguments(flags, parser(), []))
+    assert (found.own_flag, found.own_switch, found.lr) == (5, True, 1.0)
+
+
+def test_unknown_flags_on_the_command_line_are_the_parsers_business(capsys: pytest.CaptureFixture[str]) -> None:
+    known = parser()
+    explain_unknown("", {"lr": 1}, known)
+    with pytest.raises(SystemExit) as caught:
+        known.parse_args(["--lr", "1", "--num-layerz", "3"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --num-layerz 3" in capsys.readouterr().err
+
+
+def test_a_script_that_ignores_unknown_flags_may_go_on_doing_so() -> None:
+    known = parser()
+    explain_unknown("", {"lr": 1, "own-flag": 2}, known)
+    assert known.parse_known_args(["--lr", "1", "--own-flag", "2"])[1] == ["--own-flag", "2"]
+
+
+# --- any file --------------------------------------------------------------------------------------------------------
+
+KEYS = st.one_of(
+    st.sampled_from("num-layers num_layers lr --lr save data-path bf16 no-rope-fusion prefix-caching <<".split()),
+    st.text(max_size=8),
+)
+SCALARS = st.one_of(
+    st.sampled_from(
+        "true false null ~ 1 -1 1e-3 .nan 0x1F 012 1:30 2001-01-01 2001-13-01 [1,2] [] {} {a: b} '' !!set".split()
+    ),
+    st.sampled_from(
+        ["!!binary aGk=", "!!omap [a: 1]", "!!float x", "!!int ''", "&a 1", "*a", "|\n  x\n", "- x", "'\\0'"]
+    ),
+    st.text(max_size=12),
+)
+
+
+def never_a_traceback(path: Path, text: str | bytes, command_line: Sequence[str]) -> None:
+    """Read, turn into words, parse: a namespace, a ConfigError of one line, or argparse's exit with code 2."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    refused: ConfigError | None = None
+    code: Any = 0
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            flags, known = load_yaml(str(path)), parser()
+            explain_unknown(str(path), flags, known)
+            known.parse_args([*yaml_arguments(flags, parser(), command_line), *command_line])
+        except ConfigError as error:
+            refused = error
+        except SystemExit as stop:
+            code = stop.code
+    assert code in (0, 2)
+    if refused:
+        assert "\n" not in str(refused)
+        assert refused.expected
+        assert refused.fix
+
+
+LINES = st.lists(st.tuples(KEYS, SCALARS), max_size=5).map(lambda pairs: "\n".join(f"{k}: {v}" for k, v in pairs))
+ARGUMENTS = st.lists(
+    st.sampled_from("--lr 1 --lr=2 --num-layers --bf16 --no-rope-fusion x -- -h --help --no-prefix-caching".split()),
+    max_size=3,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LINES, ARGUMENTS)
+def test_any_lines(tmp_path: Path, text: str, command_line: list[str]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # --help
+        never_a_traceback(tmp_path / "f.yaml", text, command_line)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.text(), st.binary()))
+def test_any_bytes(tmp_path: Path, text: str | bytes) -> None:
+    never_a_traceback(tmp_path / "f.yaml", text, [])
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=10), st.sampled_from(["--config", "--config=x", "run", "-", "--"]))))
+def test_any_words(argv: list[str]) -> None:
+    """What `run` is given is split or refused; no word of the script's gets lost."""
+    argv = [word.replace("\0", "") for word in argv]  # no operating system passes it
+    try:
+        config, script, rest = split_command_line(argv)
+    except ConfigError:
+        return
+    assert os.path.isfile(script)
+    assert rest == argv[len(argv) - len(rest) :]
+    assert (config is not None) == (argv[:1] != [] and argv[0].partition("=")[0] == "--config")
+
+
+def fuzz_megatrons_parser(folder: str) -> int:
+    """In a worker: files of Megatron's real flags with all sorts of values; returns how many were accepted."""
+    import traceback
+
+    from megatron_patch.upstream.flags import add_arguments
+    from megatron_patch.upstream.patch import megatron_parser
+
+    real = add_arguments(megatron_parser())
+    names = sorted(option.removeprefix("--") for option in real._option_string_actions if option.startswith("--"))
+    good = st.sampled_from([("num-layers", "2"), ("lr", "1e-3"), ("bf16", "true"), ("data-path", "[a, b]")])
+    lines = st.lists(st.one_of(good, st.tuples(st.sampled_from(names), SCALARS)), max_size=4)
+    accepted = 0
+
+    @settings(deadline=None, database=None, max_examples=200)
+    @given(lines, ARGUMENTS)
+    def any_file(pairs: list[tuple[str, str]], command_line: list[str]) -> None:
+        nonlocal accepted
+        path = Path(folder) / "f.yaml"
+        path.write_text("\n".join(f"{key}: {value}" for key, value in pairs), errors="surrogatepass")
+        silent = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
+                flags = load_yaml(str(path))
+                real.__dict__.pop("parse_args", None)
+                explain_unknown(str(path), flags, real)
+                real.parse_args([*yaml_arguments(flags, real, command_line), *command_line])
+            accepted += 1
+        except ConfigError as error:
+            refused = str(error)
+            assert "\n" not in refused
+        except SystemExit as stop:
+            assert stop.code in (0, 2)  # noqa: PT017
+        except Exception as error:
+            # Some of Megatron's own value types raise what argparse does not expect.
+            place = traceback.extract_tb(error.__traceback__)[-1].filename
+            assert "megatron_patch" not in place, error  # noqa: PT017
+
+    any_file()
+    return accepted
+
+
+def test_any_values_of_megatrons_flags(pool: Pool, tmp_path: Path) -> None:
+    (accepted,) = pool.run(fuzz_megatrons_parser, distributed=False, folder=str(tmp_path))
+    assert accepted > 3, "next to nothing gets through: the fuzz does not reach the parser"
+
+
+# --- whole commands --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ended:
+    """How a command ended: its exit code, the exception that came through, and what it printed."""
+
+    code: Any
+    error: str
+    out: str
+    err: str
+
+
+def commands(argvs: Sequence[Sequence[str]], cwd: str, environment: dict[str, str] | None = None) -> list[Ended]:
+    """In a worker: what each of several ``python -m megatron_patch run ...`` does, in a process of its own."""
+    import pickle
+
+    os.chdir(cwd)
+    os.environ.update(environment or {})
+    ended = []
+    for argv in argvs:
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            out, err, code, error = io.StringIO(), io.StringIO(), 0, ""
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    run_module.run(argv)
+                except SystemExit as stop:
+                    code = stop.code
+                except BaseException as other:
+                    error = f"{type(other).__module__}.{type(other).__name__}: {other}"
+                    sys.excepthook(type(other), other, other.__traceback__)  # as python does where nobody catches it
+            with os.fdopen(writer, "wb") as pipe:
+                pickle.dump(Ended(code, error, out.getvalue(), err.getvalue()), pipe)
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            ended.append(pickle.load(pipe))  # noqa: S301 - our own child wrote it
+        os.wait()
+    return ended
+
+
+# What a Megatron script does first; it then shows what it was given.
+SHOWS_ARGUMENTS = """
+    from megatron.training.arguments import parse_args
+    def extra(parser):
+        parser.add_argument("--own_flag", type=int, default=0)
+        return parser
+    args = parse_args(extra)
+    print("LR", args.lr, "LAYERS", args.num_layers, "OWN", args.own_flag, "TOKENS", args.alignment_tokens)
+"""
+
+
+def test_yaml_and_command_line_reach_megatrons_parser(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(SHOWS_ARGUMENTS))
+    (tmp_path / "good.yaml").write_text("lr: 0.5\nnum_layers: 7\nown_flag: 3\nalignment-tokens: 9\n")
+    (tmp_path / "bad.yaml").write_text("lr: 0.5\nnum-layrs: 7\n")
+    (tmp_path / "off.yaml").write_text("use-distributed-optimiser: false\n")
+    before = sorted(tmp_path.iterdir())
+    (good, wins, bad, off, unknown, wrong, both) = pool.run(
+        commands,
+        distributed=False,
+        argvs=[
+            ["--config", "good.yaml", "train.py"],
+            ["--config", "good.yaml", "train.py", "--lr", "0.25", "--own_flag=4"],
+            ["--config", "bad.yaml", "train.py"],
+            ["--config", "off.yaml", "train.py"],
+            ["train.py", "--num-layrs", "7"],
+            ["train.py", "--width-scaling", "cubic"],
+            ["train.py", "--yaml-cfg", "x.yaml", "--width-scaling", "sqrt"],
+        ],
+        cwd=str(tmp_path),
+    )[0]
+    assert (good.out, good.code) == ("LR 0.5 LAYERS 7 OWN 3 TOKENS 9\n", 0)
+    assert (wins.out, wins.code) == ("LR 0.25 LAYERS 7 OWN 4 TOKENS 9\n", 0)
+    assert (bad.code, bad.error, bad.out) == (2, "", "")
+    assert bad.err == (
+        "error: bad.yaml: num-layrs 7: expected a flag of Megatron or of megatron_patch; did you mean num-layers?\n"
+    )
+    assert off.code == 2
+    assert off.err.endswith("did you mean use-distributed-optimizer?\n")
+    assert unknown.code == 2
+    assert "unrecognized arguments: --num-layrs 7" in unknown.err
+    assert wrong.code == 2
+    assert "--width-scaling: invalid choice: 'cubic'" in wrong.err
+    assert both.code == 2
+    assert both.err.startswith("error: --yaml-cfg with --width-scaling: expected no flag beside it")
+    assert sorted(tmp_path.iterdir()) == before, "something was written"
+
+
+def test_help_of_any_script_shows_our_flags(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(SHOWS_ARGUMENTS))
+    own, default = pool.run(commands, distributed=False, argvs=[["train.py", "--help"], ["--help"]], cwd=str(tmp_path))[
+        0
+    ]
+    assert own.code == 0
+    group = own.out.partition("\nwidth transfer:\n")[2].partition("\n\n")[0]
+    assert "--width-scaling" in group
+    assert "--alignment-interval" in group
+    assert "--num-layers" in own.out
+    assert (default.code, default.out) == (0, USAGE + "\n")
+
+
+def stock_help() -> str:
+    """In a worker: what the help of a script looks like without us."""
+    from megatron.training import arguments
+
+    try:
+        arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).format_help()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_megatrons_own_help_is_broken(pool: Pool) -> None:
+    """When this fails, Megatron has mended its help text and `mend_help` can go."""
+    assert "unsupported format character" in pool.run(stock_help, distributed=False)[0]
+
+
+def test_mistakes_of_combination_end_the_run_before_it_starts(pool: Pool, tmp_path: Path) -> None:
+    """Through Megatron's validation in the project's own script; nothing is written."""
+    from tests.support.training import TINY
+
+    save = ["--save", "checkpoints", "--save-interval", "1", "--tensorboard-dir", "tb"]
+    ended = pool.run(
+        commands,
+        distributed=False,
+        argvs=[
+            ["--cpu", "--mock-data", *TINY, "--train-iters", "1", *save, "--width-scaling", "sqrt"],
+            ["--cpu", "--mock-data", *TINY, "--train-iters", "1", *save, "--alignment-interval", "-1"],
+            ["--cpu", "--fp8-format", "hybrid"],
+        ],
+        cwd=str(tmp_path),
+    )[0]
+    assert [e.code for e in ended] == [2, 2, 2]
+    assert [e.error for e in ended] == ["", "", ""]
+    lines = [[line for line in e.err.splitlines() if line.startswith("error: ")] for e in ended]
+    assert [len(found) for found in lines] == [1, 1, 1]
+    assert lines[0][0].startswith("error: --base-hidden-size not given: expected")
+    assert lines[1][0].startswith("error: --alignment-interval -1: expected")
+    assert lines[2][0].startswith("error: --fp8-format hybrid: expected")
+    assert not any("Traceback" in e.err + e.out for e in ended)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_rank_0_speaks(pool: Pool, tmp_path: Path) -> None:
+    mistakes = [["--config", "absent.yaml"], ["absent.py"], ["--cpu", "--fp8-format", "hybrid"]]
+    for rank in ("0", "1"):
+        ended = pool.run(
+            commands,
+            distributed=False,
+            argvs=mistakes,
+            cwd=str(tmp_path),
+            environment={"RANK": rank, "WORLD_SIZE": "2"},
+        )[0]
+        assert [e.code for e in ended] == [2, 2, 2]
+        spoken = [e.err.count("\n") for e in ended]
+        assert spoken == ([1, 1, 1] if rank == "0" else [0, 0, 0])
+
+
+def test_untested_megatron(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print('ran')")
+    (tmp_path / "f.yaml").write_text("allow_untested_megatron: true")
+    ended = pool.run(
+        with_other_version,
+        distributed=False,
+        argvs=[
+            ["train.py"],
+            ["train.py", "--allow-untested-megatron"],
+            ["--config", "f.yaml", "train.py"],
+        ],
+        cwd=str(tmp_path),
+    )[0]
+    assert [(e.code, e.out) for e in ended] == [(2, ""), (0, "ran\n"), (0, "ran\n")]
+    assert ended[0].err.startswith("error: megatron-core 0.20.1: megatron_patch is tested with 0.19 only; install one")
+    assert "--allow-untested-megatron" in ended[0].err
+
+
+def with_other_version(argvs: Sequence[Sequence[str]], cwd: str) -> list[Ended]:
+    """In a worker: the commands beside a Megatron of the future."""
+    import megatron.core
+
+    megatron.core.__version__ = "0.20.1"
+    return commands(argvs, cwd)
+
+
+# Everything a script can see of how it was started; the folder's name has a blank.
+LOOKS_AROUND = """
+    'documented'
+    import os, sys, pickle
+    from helper import VALUE
+    class Own: pass
+    assert sys.modules["__main__"].__dict__ is globals()
+    assert pickle.loads(pickle.dumps(Own())).__class__ is Own
+    print(VALUE, sys.argv, sys.path[0], os.getcwd(), type(__loader__), type(__builtins__), __annotations__)
+    print(__name__, __file__, __doc__, __package__, __spec__, __cached__, sorted(k for k in globals() if k[0] == "_"))
+"""
+
+
+def test_scripts_cannot_tell_the_difference(pool: Pool, tmp_path: Path) -> None:
+    """The same script started by python itself and through `run` sees the same, wherever it lies and is started."""
+    place = tmp_path / "some where"
+    place.mkdir()
+    (place / "look.py").write_text(textwrap.dedent(LOOKS_AROUND))
+    (place / "helper.py").write_text("VALUE = 'from beside the script'")
+    (tmp_path / "link.py").symlink_to("some where/look.py")
+    cases = [
+        (place, "look.py"),
+        (tmp_path, "some where/look.py"),
+        (place, "../some where/./look.py"),
+        (tmp_path, "link.py"),
+        (tmp_path, str(place / "look.py")),
+    ]
+    words = ["--lr", "1", "a b", ""]
+    for cwd, script in cases:
+        ours = pool.run(commands, distributed=False, argvs=[[script, *words]], cwd=str(cwd))[0][0]
+        plain = subprocess.run(
+            [sys.executable, script, *words], cwd=cwd, capture_output=True, text=True, check=True, env=os.environ
+        )
+        assert (ours.out, ours.error, ours.err) == (plain.stdout, "", plain.stderr)
+
+
+ENDINGS: list[tuple[str, Any, str]] = [
+    ("import sys; sys.exit(3)", 3, ""),
+    ("import sys; sys.exit()", None, ""),
+    ("raise SystemExit('words')", "words", ""),
+    ("raise ValueError('its own')", 0, "builtins.ValueError: its own"),
+    ("def f():\n    1 / 0\ndef g():\n    f()\ng()", 0, "builtins.ZeroDivisionError: division by zero"),
+    ("try:\n    1 / 0\nexcept Exception as e:\n    raise KeyError(3) from e", 0, "builtins.KeyError: 3"),
+    ("raise KeyboardInterrupt", 0, "builtins.KeyboardInterrupt: "),
+    ("assert False, 'no'", 0, "builtins.AssertionError: no"),
+    ("def broken(:", 0, "builtins.SyntaxError: invalid syntax (script.py, line 1)"),
+    (
+        "import sys\nsys.excepthook = lambda k, e, t: print(k, e, t.tb_lineno, file=sys.stderr)\n0 / 0",
+        0,
+        "builtins.Zero",
+    ),
+]
+
+
+def test_how_a_script_ends_is_how_the_command_ends(pool: Pool, tmp_path: Path) -> None:
+    """The same exit code, and the same traceback: nothing of `run` is in it. A script's own excepthook is honoured."""
+    for number, (body, _, _) in enumerate(ENDINGS):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "script.py").write_text(body)
+    argvs = [[f"{number}/script.py"] for number in range(len(ENDINGS))]
+    ended = pool.run(commands, distributed=False, argvs=argvs, cwd=str(tmp_path))[0]
+    for e, argv, (_, code, error) in zip(ended, argvs, ENDINGS, strict=True):
+        assert e.code == code
+        assert e.error.startswith(error)
+        if not isinstance(code, str):  # else python prints the words after all is done
+            plain = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert e.err == plain.stderr
+
+
+# What lives on after the script's last line, or in other processes.
+LIVES_ON = """
+    import atexit, multiprocessing, pickle, sys
+    class Item:
+        def __init__(self, value): self.value = value
+    def double(item): return Item(2 * item.value)
+    def bye(): print("bye", pickle.loads(pickle.dumps(Item(3))).value, sys.modules["__main__"].__file__ == __file__)
+    if __name__ == "__main__":
+        atexit.register(bye)
+        print(sys.stdin.read())
+        with multiprocessing.get_context("spawn").Pool(1) as workers:
+            print([item.value for item in workers.map(double, [Item(4), Item(5)])], flush=True)
+        sys.exit(3)
+"""
+
+
+def test_what_outlives_a_script(tmp_path: Path) -> None:
+    """Real processes: standard input, spawned workers with the script's classes, what runs at exit, the exit code."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(LIVES_ON))
+    ours, plain = (
+        subprocess.run(
+            [sys.executable, *words, "script.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            input="words from a pipe",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for words in (["-m", "megatron_patch", "run"], [])
+    )
+    assert plain.stdout == "words from a pipe\n[8, 10]\nbye 3 True\n"
+    assert (ours.stdout, ours.returncode) == (plain.stdout, 3)
+
+
+def fake_megatron(folder: Path) -> str:
+    """Make something that looks like another Megatron in `folder`."""
+    (folder / "megatron" / "core").mkdir(parents=True)
+    (folder / "megatron" / "core" / "__init__.py").write_text("__version__ = '0.7'")
+    return str(folder)
+
+
+def test_megatron_beside_the_script_is_the_one_that_is_used(tmp_path: Path) -> None:
+    """As in a checkout of Megatron-LM, started from anywhere: what python itself would import is what is hooked."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "train.py").write_text("import megatron.core; print(megatron.core.__version__)")
+    fake_megatron(tmp_path / "checkout")
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_patch", "run", "checkout/train.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: megatron-core 0.7: megatron_patch is tested with 0.19 only")
+
+
+def test_script_that_brings_another_megatron(pool: Pool, tmp_path: Path) -> None:
+    """By changing sys.path itself, too late for us: half of each would be a disaster."""
+    other = fake_megatron(tmp_path / "other")
+    (tmp_path / "late.py").write_text(f"import sys\nsys.path.insert(0, {other!r})\n{textwrap.dedent(SHOWS_ARGUMENTS)}")
+    (tmp_path / "last.py").write_text(f"import sys\nsys.path.append({other!r})\n{textwrap.dedent(SHOWS_ARGUMENTS)}")
+    late, last = pool.run(
+        commands, distributed=False, argvs=[["late.py", "--lr", "1"], ["last.py", "--lr", "1"]], cwd=str(tmp_path)
+    )[0]
+    assert (late.code, late.out, late.error) == (2, "", "")
+    assert late.err.startswith(f"error: the script has put the Megatron in {other} first on sys.path")
+    assert late.err.endswith(f"start with PYTHONPATH={other} instead\n")
+    assert (last.code, last.out.split()[:2]) == (0, ["LR", "1.0"])
+
+
+def test_flags_that_the_script_never_has_checked(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("print('done')")
+    ours, none, yaml = pool.run(
+        commands,
+        distributed=False,
+        argvs=[
+            ["own.py", "--width-scaling", "sqrt", "--base-hidden-size", "8"],
+            ["own.py", "--width-scaling", "none", "--lr", "1"],
+            ["own.py", "--yaml-cfg", "x.yaml"],
+        ],
+        cwd=str(tmp_path),
+    )[0]
+    assert (ours.code, ours.out) == (2, "done\n")
+    assert ours.err.startswith(
+        "error: SCRIPT.py own.py: expected a script that has its arguments checked by Megatron's"
+    )
+    assert (none.code, none.out, none.err) == (0, "done\n", "")
+    assert (yaml.code, yaml.out) == (0, "done\n")
+    assert yaml.err.startswith("warning: --yaml-cfg is broken in Megatron itself")
+
+
+# Its own loop out of Megatron's pieces, all imported by name before any flag is known, here and in a module beside it.
+PIECES = """
+    from megatron.core.enums import ModelType
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import get_megatron_optimizer_config
+    import pieces
+
+    def extra(parser):
+        parser.add_argument("--own-flag", type=int, default=0)
+        return parser
+
+    args = parse_and_validate_args(extra, args_defaults={"weight_decay": 0.25})
+    initialize_megatron()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, _ = pieces.setup(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)
+    again = get_megatron_optimizer(get_megatron_optimizer_config(args)[0], model)
+    for each in (optimizer, again):
+        print("GROUPS", args.own_flag, sorted((g["max_lr"], g["wd_mult"]) for g in each.param_groups))
+"""
+
+
+def test_script_built_on_megatrons_pieces(pool: Pool, tmp_path: Path) -> None:
+    from tests.support.training import TINY
+
+    (tmp_path / "own.py").write_text(textwrap.dedent(PIECES))
+    (tmp_path / "pieces.py").write_text("from megatron.training.training import setup_model_and_optimizer as setup")
+    base = ["own.py", "--cpu", *TINY, "--train-iters", "1", "--own-flag", "5"]
+    rule = "--width-scaling sqrt --base-hidden-size 8 --untie-embeddings-and-output-weights".split()
+    plain, scaled = pool.run(commands, distributed=False, argvs=[base, [*base, *rule]], cwd=str(tmp_path))[0]
+    assert (plain.error, scaled.error) == ("", ""), plain.err + scaled.err
+    found = [[line for line in e.out.splitlines() if line.startswith("GROUPS")] for e in (plain, scaled)]
+    # A width 4 times the base's: half the LR and twice the weight decay, but for embeddings, gains and biases.
+    assert found[0] == ["GROUPS 5 [(0.01, 0.0), (0.01, 1.0)]"] * 2
+    assert found[1] == ["GROUPS 5 [(0.005, 2.0), (0.01, 0.0), (0.01, 1.0)]"] * 2
+
+
+def test_commands_without_megatron(tmp_path: Path) -> None:
+    """`python -m megatron_patch` itself, in processes of its own: usage, exit codes, nothing on the wrong stream."""
+
+    def start(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_patch", *argv],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    for argv in ([], ["--help"], ["-h"], ["run"], ["run", "--help"]):
+        ended = start(*argv)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, USAGE + "\n", "")
+    ended = start("rnu")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", USAGE + "\n")
+    ended = start("run", "absent.py")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: SCRIPT.py absent.py: expected an existing Python file")
+    ended = start("run", "absent.py", RANK="1")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+    assert list(tmp_path.iterdir()) == []

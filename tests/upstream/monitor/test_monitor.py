@@ -1,0 +1,200 @@
+"""When the monitor measures, what it writes beside alignment.jsonl, and that it survives kills, skips and reruns."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_patch.errors import ConfigError
+from tests.support.monitored import Monitored, read_lines
+from tests.support.pool import Pool, RankFailure
+from tests.support.reference import Model, Reference
+from tests.support.training import TINY, Hooks, Run, train
+
+MODEL = Model()
+KEYS = (
+    "iteration layer kind fan_in fan_out m lr weight_decay tokens weight_norm update_norm relative_update "
+    "weight_alignment update_alignment alignment_ratio relative_representation_change top_singular_value"
+).split()
+
+
+@dataclass
+class Counting(Monitored):
+    """Counts forward hooks in the model at the moment the loss is known."""
+
+    hooks: dict[int, int] = field(default_factory=dict)
+
+    def built(self, run: Run) -> None:
+        super().built(run)
+        inner = run.optimizer.zero_grad
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            inner(*args, **kwargs)
+            attached = sum(len(module._forward_hooks) for module in run.model[0].modules())
+            self.hooks[run.args.curr_iteration + 1] = attached
+
+        run.optimizer.zero_grad = zero_grad
+
+    def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
+        assert not any(module._forward_hooks for module in run.model[0].modules())
+        assert self.monitor.held_bytes == 0
+
+    def result(self, run: Run) -> Any:
+        return self.hooks
+
+
+def test_hooks_exist_on_the_chosen_iterations_only(pool: Pool, tmp_path: Path) -> None:
+    hooks = Counting(str(tmp_path), interval=2, spectral=3)
+    attached = pool.run(train, argv=[*TINY, *MODEL.flags()], steps=6, hooks=hooks)[0].extra
+    assert [iteration for iteration, number in attached.items() if number] == [2, 4, 6]
+    lines = read_lines(tmp_path)
+    assert {iteration for iteration, _ in lines} == {2, 3, 4, 6}
+    for (iteration, _), line in lines.items():
+        assert list(line) == KEYS
+        assert (line["weight_alignment"] is not None) == (iteration % 2 == 0)
+        assert (line["top_singular_value"] is not None) == (iteration % 3 == 0)
+
+
+def test_layers_are_chosen_by_a_pattern(pool: Pool, tmp_path: Path) -> None:
+    hooks = Monitored(str(tmp_path), layers=r"layers\.1\..*(/q|linear_fc2)$")
+    pool.run(train, argv=[*TINY, *MODEL.flags()], steps=1, hooks=hooks)
+    assert {layer for _, layer in read_lines(tmp_path)} == {
+        "decoder.layers.1.self_attention.linear_qkv/q",
+        "decoder.layers.1.mlp.linear_fc2",
+    }
+
+
+def test_a_pattern_that_matches_nothing_is_refused(pool: Pool, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="--alignment-layers nosuchlayer"):
+        pool.run(train, argv=[*TINY, *MODEL.flags()], steps=1, hooks=Monitored(str(tmp_path), layers="nosuchlayer"))
+
+
+class Patched(Hooks):
+    """A run with the patch, as a user has it: the metrics come from the flags."""
+
+    def before_arguments(self) -> None:
+        from megatron_patch.upstream.hooks import install
+        from megatron_patch.upstream.patch import entry_hooks
+
+        self.installed: list[Any] = []
+        self.installed.append(install(entry_hooks(self.installed)))
+
+
+def test_a_killed_and_resumed_run_ends_with_the_files_of_an_uninterrupted_one(pool: Pool, tmp_path: Path) -> None:
+    argv = [*TINY, *MODEL.flags(), "--train-iters", "6", "--use-distributed-optimizer"]
+    argv += ["--alignment-interval", "1", "--spectral-interval", "2", "--ckpt-format", "torch_dist"]
+    argv += ["--save-interval", "3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pool.run(train, ranks=2, argv=[*argv, "--save", str(whole)], steps=6, hooks=Patched())
+    argv += ["--save", str(killed), "--load", str(killed)]
+    pool.run(train, ranks=2, argv=argv, steps=3, hooks=Patched())
+    with open(killed / "transfer" / "alignment.jsonl", "a", encoding="utf-8") as file:  # as far as the killed run got
+        file.write(
+            '{"iteration": 4, "layer": "decoder.layers.0.mlp.linear_fc2", "weight_norm": 1.0}\n{"iteration": 5, '
+        )
+    pool.run(train, ranks=2, argv=argv, steps=6, hooks=Patched())
+    for name in ("alignment.jsonl", "equilibrium.jsonl", "sublayers.jsonl"):
+        assert (killed / "transfer" / name).read_bytes() == (whole / "transfer" / name).read_bytes(), name
+
+
+@dataclass
+class Skipping(Monitored):
+    """Lets the optimizer of one rank say that it skipped its second step, as at an overflow."""
+
+    def built(self, run: Run) -> None:
+        inner = run.optimizer.step
+
+        def step() -> Any:
+            succeeded, *rest = inner()
+            return (succeeded and not (run.args.curr_iteration == 1 and run.args.rank == 0), *rest)
+
+        run.optimizer.step = step
+        super().built(run)
+
+
+def test_a_skipped_update_is_null_on_every_line(pool: Pool, tmp_path: Path) -> None:
+    argv = [*TINY, *MODEL.flags(), "--pipeline-model-parallel-size", "2"]
+    pool.run(train, ranks=2, argv=argv, steps=3, hooks=Skipping(str(tmp_path)))
+    for (iteration, _), line in read_lines(tmp_path).items():
+        assert (line["update_norm"] is None) == (iteration == 2)
+        assert line["weight_alignment"] is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "flags"),
+    [
+        (MODEL, 1, ()),
+        (MODEL, 2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+        (Model(norm="LayerNorm", bias=True, gated=False, groups=4), 2, ("--tensor-model-parallel-size", "2")),
+        (Model(experts=4, shared=24), 1, ()),
+    ],
+    ids=["one", "tp2-sp", "bias-tp2", "moe"],
+)
+def test_sublayer_gain_is_that_of_the_reference(
+    pool: Pool, tmp_path: Path, model: Model, ranks: int, flags: tuple[str, ...]
+) -> None:
+    from megatron_patch.metrics.probes import sample_positions
+
+    pool.run(train, ranks=ranks, argv=[*TINY, *model.flags(), *flags], steps=1, hooks=Monitored(str(tmp_path)))
+    reference = Reference(model)
+    next(reference.train(1, 1, 10))
+    positions = sample_positions(model.length * 2, 10, 1)
+    lines = read_lines(tmp_path, "sublayers")
+    assert {layer for _, layer in lines} == set(reference.recorder.outputs)
+    for name, output in reference.recorder.outputs.items():
+        first = {"self_attention": "linear_qkv", "mlp": "router" if model.experts else "linear_fc1"}
+        inputs = reference.recorder.inputs[f"{name}.{first[name.rpartition('.')[2]]}"]
+        rms = [float(t[:, :2].reshape(-1, model.hidden)[positions].square().mean().sqrt()) for t in (inputs, output)]
+        line = lines[1, name]
+        assert line["input_rms"] == pytest.approx(rms[0], rel=1e-5)
+        assert line["output_rms"] == pytest.approx(rms[1], rel=1e-5)
+        assert line["gain"] == pytest.approx(rms[1] / rms[0], rel=1e-5)
+
+
+def test_weight_rms_stands_beside_the_recurrence_run_on_the_live_schedule(pool: Pool, tmp_path: Path) -> None:
+    from megatron_patch.theory.equilibrium import trajectory
+
+    argv = [*TINY, *MODEL.flags(), "--lr-decay-style", "linear", "--lr-decay-iters", "4", "--lr-warmup-iters", "2"]
+    pool.run(train, ranks=2, argv=argv, steps=4, hooks=Monitored(str(tmp_path), spectral=1))
+    lines, equilibrium = read_lines(tmp_path), read_lines(tmp_path, "equilibrium")
+    layers = {layer for _, layer in lines}
+    for layer in layers:
+        schedule = [(lines[i, layer]["lr"], lines[i, layer]["weight_decay"]) for i in range(1, 5)]
+        assert schedule[0][0] == 0.0 < schedule[1][0]
+        predicted = trajectory(schedule, rho_0=equilibrium[1, layer]["weight_rms"])
+        for i, step in enumerate(predicted, start=1):
+            line = equilibrium[i, layer]
+            assert line["predicted_weight_rms"] == pytest.approx(step.rho, rel=1e-6)
+            lr, weight_decay = schedule[i - 1]
+            if lr:
+                assert line["predicted_relative_update"] == pytest.approx(step.relative_update, rel=1e-6)
+                scale = (lr / weight_decay) ** 0.5 * MODEL.hidden**0.75
+                expected = lines[i, layer]["top_singular_value"] / scale
+                assert line["normalised_top_singular_value"] == pytest.approx(expected)
+            else:
+                assert line["predicted_relative_update"] is None
+
+
+FINE = {"num_experts": None, "moe_token_dispatcher_type": "alltoall", "tensor_model_parallel_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "flag"),
+    [
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        ({"num_experts": 4, "moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type"),
+        ({"num_experts": 4, "tensor_model_parallel_size": 2, "sequence_parallel": False}, "--sequence-parallel"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_by_name(bad: dict[str, Any], flag: str) -> None:
+    from megatron_patch.upstream.refusals import check_supported
+
+    check_supported(Namespace(**FINE))
+    with pytest.raises(ConfigError, match=flag):
+        check_supported(Namespace(**{**FINE, **bad}))
