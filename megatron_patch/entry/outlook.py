@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.files.whole import read_json
+from megatron_patch.files.run_json import RUN_JSON, RunJson
 from megatron_patch.theory.equilibrium import momentum_update_rms, steps_to_equilibrium, trajectory
 from megatron_patch.upstream.dry.coverage import Held
 from megatron_patch.upstream.dry.run import DryRun
@@ -193,12 +193,11 @@ def _reference(args: Any) -> dict[str, Any]:
     if not folder:
         return {}
     try:
-        arguments: dict[str, Any] = read_json(os.path.join(folder, "run.json"))["arguments"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return RunJson.read(os.path.join(folder, RUN_JSON)).arguments
+    except (OSError, ValueError) as error:
         raise ConfigError(
             "--reference-run", folder, "the metrics folder of a run, with a run.json", f"check the path ({error})"
         ) from None
-    return arguments
 
 
 def unknown_layers(dry: DryRun) -> Iterator[str]:

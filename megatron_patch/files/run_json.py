@@ -1,14 +1,46 @@
-"""run.json: what was run, with which versions and layout, and how it went; its words, its writer, its readers."""
+"""run.json: what was run, with which versions and layout, and how it went; its words, its writer, its reader."""
 
 import datetime
 import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-from megatron_patch.files.whole import WriteTrouble, read_json, say, write_json
+from megatron_patch.files.whole import (
+    NotAsWritten,
+    WriteTrouble,
+    as_written,
+    read_json,
+    say,
+    write_json,
+)
 from megatron_patch.version import __version__
+
+RUN_JSON = "run.json"
+METRICS_FOLDER = "transfer"
+"""Name of the folder for our files, below --save or --tensorboard-dir, if --metrics-dir names no other."""
+LOSS = "lm loss"
+"""Megatron's name of the loss, in nats per token."""
+VALIDATION, TEST = "validation", "test"
+"""What is evaluated on."""
+
+
+class Status(StrEnum):
+    """How a run stands."""
+
+    RUNNING = "running"
+    """Or killed: nobody could write more."""
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    """Megatron left by itself before the end, as it does at --exit-interval."""
+    DIVERGED = "diverged"
+    """A loss or gradient was NaN or Inf."""
+    FAILED = "failed"
+    """It ended in anything else."""
+
 
 _PACKAGES = ("megatron-core", "torch", "deepspeed", "transformer-engine", "numpy")
 
@@ -47,10 +79,10 @@ class RunRecord:
     """
 
     def __init__(self, directory: str, args: Any, layout: Mapping[str, int], iteration: int) -> None:
-        self.path = os.path.join(directory, "run.json")
+        self.path = os.path.join(directory, RUN_JSON)
         self._trouble = WriteTrouble(self.path)
         self.content: dict[str, Any] = {
-            "status": "running",
+            "status": Status.RUNNING,
             "started": _now(),
             "command": sys.argv,
             "iteration": iteration,
@@ -90,16 +122,12 @@ class RunRecord:
         self._update()
 
     def ended(self, status: str) -> None:
-        """Note how training ended, and write if the disk lets us.
-
-        Args:
-            status: ``finished``, ``stopped`` (at --exit-interval, say), ``diverged`` or ``failed``.
-        """
+        """Note how training ended, a `Status`, and write if the disk lets us."""
         self.content["status"] = status
         self._update()
 
     def _summarise(self) -> None:
-        losses = [e["lm loss"] for e in self.content["evaluations"] if e["set"] == "validation" and "lm loss" in e]
+        losses = [e[LOSS] for e in self.content["evaluations"] if e["set"] == VALIDATION and LOSS in e]
         if losses:
             self.content["final_loss"] = losses[-1]
             self.content["best_loss"] = min(losses)
@@ -120,6 +148,129 @@ class RunRecord:
         """
         self.content["updated"] = _now()
         write_json(self.path, self.content)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses at one evaluation."""
+
+    iteration: int
+    on: str
+    """``validation`` or ``test``."""
+    losses: Mapping[str, float]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Evaluation":
+        """Return an entry of the file's list."""
+        losses = {key: float(value) for key, value in entry.items() if key not in ("iteration", "set")}
+        return cls(int(entry["iteration"]), str(entry["set"]), losses)
+
+
+@dataclass(frozen=True)
+class RunJson:
+    """run.json, read back; the run may be going on.
+
+    Nothing is asked of the file but what is asked for: a property that it lacks, or has in another form, raises
+    `NotAsWritten`.
+    """
+
+    path: str
+    """Of the file, for messages."""
+    content: Any
+
+    @classmethod
+    def read(cls, path: str) -> "RunJson":
+        """Read a file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is not JSON.
+        """
+        return cls(path, read_json(path))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Megatron's arguments, ours included, by attribute name."""
+        with as_written():
+            arguments = self.content["arguments"]
+            if not isinstance(arguments, dict):
+                raise NotAsWritten(f"arguments is {arguments!r}")
+            return dict(arguments)
+
+    @property
+    def status(self) -> str:
+        """A `Status`, if the file is of this version."""
+        with as_written():
+            return str(self.content["status"])
+
+    def stands(self, *statuses: Status) -> bool:
+        """Return whether it has one of these; False also if it has none."""
+        return isinstance(self.content, dict) and self.content.get("status") in statuses
+
+    @property
+    def place(self) -> str:
+        """Status and iteration in words, whatever the file says of them."""
+        return f"status {self.content.get('status')} at iteration {self.content.get('iteration')}"
+
+    @property
+    def seconds(self) -> float:
+        """From the last start to the last time the file was written."""
+        with as_written():
+            start, end = (datetime.datetime.fromisoformat(self.content[key]) for key in ("started", "updated"))
+            return (end - start).total_seconds()
+
+    @property
+    def iteration(self) -> int:
+        """Iterations completed."""
+        with as_written():
+            return int(self.content["iteration"])
+
+    @property
+    def train_iterations(self) -> int | None:
+        """Iterations of the whole run."""
+        with as_written():
+            steps = self.content["train_iterations"]
+            return None if steps is None else int(steps)
+
+    @property
+    def final_loss(self) -> float | None:
+        """Validation loss of the last evaluation."""
+        with as_written():
+            return _number(self.content["final_loss"])
+
+    @property
+    def last_train_loss(self) -> float | None:
+        """Training loss last logged."""
+        with as_written():
+            return _number((self.content["train_loss"] or {}).get(LOSS))
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """All so far, in their order."""
+        with as_written():
+            return tuple(Evaluation.of(entry) for entry in self.content["evaluations"])
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes of the parallel groups."""
+        with as_written():
+            return dict(self.content["layout"])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the packages."""
+        with as_written():
+            return dict(self.content["versions"])
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line."""
+        with as_written():
+            return tuple(self.content["command"])
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _now() -> str:

@@ -4,28 +4,63 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
-def write_json(path: str, content: Any) -> None:
-    """Write `content` as indented JSON under `path`, replacing an older file in one step; makes the folder.
+def write_text(path: str, text: str, shared: bool = False, durable: bool = False) -> None:
+    """Write `text` as it is under `path`, replacing an older file in one step; makes the folder.
 
-    One process at a time may write a path. What a killed one leaves beside it, ``<path>.tmp``, the next write replaces.
+    What a killed process leaves beside it, ``<path>.tmp``, the next write replaces.
+
+    Args:
+        path: the file.
+        text: its content; line ends are not changed.
+        shared: several processes may write `path` at a time; a killed one then leaves a file of its own.
+        durable: wait until the disk has it. For what a user made by one command, not for what a run rewrites.
 
     Raises:
         OSError: the folder cannot be made or written to.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp" if shared else f"{path}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write `content` as indented JSON, as `write_text` does; one process at a time may write a path.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+class NotAsWritten(ValueError):
+    """JSON of a file that this package writes has another form; the text says what is wrong with it."""
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Take parsed JSON apart within: what goes wrong because it has another form is raised as `NotAsWritten`."""
+    try:
+        yield
+    except NotAsWritten:
+        raise
+    except KeyError as error:
+        raise NotAsWritten(f"no {error}") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise NotAsWritten(str(error)) from None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.lines import FADED, AlignmentLine, CheckLine, read_lines
-from megatron_patch.files.whole import read_json
+from megatron_patch.files.run_json import RUN_JSON, RunJson
+from megatron_patch.files.whole import NotAsWritten, as_written
 from megatron_patch.theory.deviation import UNKNOWN, Trained, likely_cause
 from megatron_patch.theory.width import RULES, Rule
 
@@ -82,14 +83,16 @@ def read_proxy(folder: str) -> Proxy:
         return ConfigError("--reference-run", folder, expected, f"check the path ({why})")
 
     try:
-        content = read_json(os.path.join(folder, "run.json"))
-        total = int(content["train_iterations"])
-        rule = rules_of(content["arguments"])
+        run = RunJson.read(os.path.join(folder, RUN_JSON))
+        total = run.train_iterations
+        if total is None:
+            raise NotAsWritten("train_iterations is None")
+        with as_written():
+            rule = rules_of(run.arguments)
     except OSError as error:
         raise unusable(f"run.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise unusable(f"run.json is not what megatron_patch writes: {detail}") from None
+    except ValueError as error:
+        raise unusable(f"run.json is not what megatron_patch writes: {error}") from None
     path = os.path.join(folder, "alignment.jsonl")
     if not os.path.isfile(path):
         raise unusable("there is no alignment.jsonl")

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.output import OutputFiles
+from megatron_patch.files.run_json import Status
 from megatron_patch.report import charts_layers, charts_run, sweep_section, tables
 from megatron_patch.report.charts_sweep import heat_maps, transfer_pictures
 from megatron_patch.report.charts_widths import comparison_galleries, comparisons
@@ -111,7 +112,7 @@ def print_summary(
     for column in ("iterations", "time", "training loss", "validation", "best"):
         table.add_column(column, no_wrap=True)
     for run in runs:
-        iterations = tables.iterations_text(run) + ("" if run.status == "finished" else f" ({run.status})")
+        iterations = tables.iterations_text(run) + ("" if run.status == Status.FINISHED else f" ({run.status})")
         losses = tables.train_text(run), tables.loss_text(run.final_loss), tables.best_text(run)
         table.add_row(Text(run.name), iterations, tables.duration_text(run.seconds), *losses)
     if runs:
@@ -170,7 +171,7 @@ def html_page(runs: Sequence[Run], sweep: Sweep | None = None, notes: Sequence[s
 
 def _sweep_section(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the template shows of a sweep."""
-    by_source = {os.path.join(run.folder, "run.json"): run for run in runs}
+    by_source = {run.file.path: run for run in runs}
     compared = []
     for place, comparison in enumerate(comparisons(sweep.study, by_source)):
         overall, by_kind = comparison_galleries(comparison)

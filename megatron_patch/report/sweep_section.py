@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.files.whole import read_json
 from megatron_patch.fit.curves import Study, is_sweep, setting, study
 from megatron_patch.fit.report_card import Grade, report_card, verdicts
 from megatron_patch.report.tables import Cell, Table, exact, number
@@ -59,8 +58,7 @@ def run_trial(run: Run) -> Trial:
     Raises:
         ConfigError: it has not finished, or never evaluated.
     """
-    path = os.path.join(run.folder, "run.json")
-    return trial_of_run(read_json(path), path)
+    return trial_of_run(run.file)
 
 
 def _has_runs(folder: str) -> bool:

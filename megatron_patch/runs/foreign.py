@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import LOSS, RunJson, Status
 from megatron_patch.runs.trial import DIVERGED, Trial, trial_of_run
 
-VALIDATION = "lm loss validation"
-TRAINING = "lm loss"
+VALIDATION = f"{LOSS} validation"
 WANDB_NOTE = (
     "W&B keeps one value a step, and Megatron logs the test loss under the key of the validation loss: with a "
     "test set, the losses are that set's; TensorBoard folders or run.json tell the two apart"
@@ -65,7 +65,7 @@ def read_tensorboard(folder: str) -> Trial:
     from tensorboard.compat.proto.event_pb2 import Event
 
     arguments: dict[str, Any] = {}
-    losses: dict[str, dict[int, float]] = {VALIDATION: {}, TRAINING: {}}
+    losses: dict[str, dict[int, float]] = {VALIDATION: {}, LOSS: {}}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*"))):
         started = set()
         for place, data in _tensorboard_records(path):
@@ -87,7 +87,7 @@ def read_tensorboard(folder: str) -> Trial:
                     if value.WhichOneof("value") == "tensor":
                         number = value.tensor.float_val[0] if value.tensor.float_val else DIVERGED
                     known.setdefault(event.step, number)  # the second at a step is the test set's
-    return _trial(folder, arguments, losses[VALIDATION], losses[TRAINING])
+    return _trial(folder, arguments, losses[VALIDATION], losses[LOSS])
 
 
 def read_wandb(path: str) -> Trial:
@@ -105,7 +105,7 @@ def read_wandb(path: str) -> Trial:
         ) from None
 
     arguments: dict[str, Any] = {}
-    losses: dict[str, dict[int, float]] = {VALIDATION: {}, TRAINING: {}}
+    losses: dict[str, dict[int, float]] = {VALIDATION: {}, LOSS: {}}
     for place, data in _wandb_records(path):
         try:
             record = Record.FromString(data)
@@ -120,7 +120,7 @@ def read_wandb(path: str) -> Trial:
                 losses[tag][step] = float(json.loads(row[tag]))
         except Exception as error:  # protobuf has its own class, without type information
             raise _damaged(path, place, str(error)) from None
-    return _trial(path, arguments, losses[VALIDATION], losses[TRAINING])
+    return _trial(path, arguments, losses[VALIDATION], losses[LOSS])
 
 
 def _trial(
@@ -146,11 +146,11 @@ def _trial(
     loss = DIVERGED if lost or final is None else validation[final]
     content = {
         "arguments": arguments,
-        "status": "finished" if math.isfinite(loss) else "diverged",
+        "status": Status.FINISHED if math.isfinite(loss) else Status.DIVERGED,
         "final_loss": loss,
         "train_iterations": steps,
     }
-    return trial_of_run(content, source)
+    return trial_of_run(RunJson(source, content))
 
 
 def _literal(text: str) -> Any:

@@ -3,6 +3,7 @@
 import os
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import RUN_JSON, RunJson
 from megatron_patch.runs.trial import Trial, read_csv, trial_of_run
 
 
@@ -10,7 +11,7 @@ def read_trials(path: str) -> tuple[Trial, ...]:
     """Return the trials in a CSV file, or of every run in or below a folder.
 
     Runs of this project are known by their run.json. A folder without one may hold TensorBoard event folders or W&B
-    offline runs of Megatron (see `foreign_runs`).
+    offline runs of Megatron (see `megatron_patch.runs.foreign`).
 
     Raises:
         ConfigError: nothing there, or a file that cannot be read.
@@ -19,7 +20,6 @@ def read_trials(path: str) -> tuple[Trial, ...]:
         return read_csv(path)
     if not os.path.isdir(path):
         raise ConfigError(path, "", "a folder of runs or a CSV file", "check the path (there is no such file)")
-    from megatron_patch.files.whole import read_json
     from megatron_patch.runs.foreign import read_foreign_runs
     from megatron_patch.runs.run import find_runs
 
@@ -29,10 +29,10 @@ def read_trials(path: str) -> tuple[Trial, ...]:
         return read_foreign_runs(path)
     trials = []
     for folder in folders:
-        file = os.path.join(folder, "run.json")
+        file = os.path.join(folder, RUN_JSON)
         try:
-            content = read_json(file)
+            run = RunJson.read(file)
         except (OSError, ValueError) as error:
             raise ConfigError(file, f"({error})", "a run.json", "restore it, or leave this run out") from None
-        trials.append(trial_of_run(content, file))
+        trials.append(trial_of_run(run))
     return tuple(trials)

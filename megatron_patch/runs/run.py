@@ -4,52 +4,18 @@ Everything but run.json may be missing; `Run.notes` says what was, and what was 
 is still going on can be read at any time.
 """
 
-import datetime
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON, HyperparameterTable
 from megatron_patch.files.lines import AlignmentLine, EquilibriumLine, SublayerLine, read_lines
-from megatron_patch.files.whole import read_json
-from megatron_patch.runs.tensorboard import LOSS, Series, read_events, tensorboard_files
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The losses at one evaluation."""
-
-    iteration: int
-    on: str
-    """``validation`` or ``test``."""
-    losses: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of the model with its peak LR and its weight decay, as hyperparameters.json has them."""
-
-    name: str
-    role: str
-    """Its class: matrix, output, embedding or vector."""
-    shape: tuple[int, ...]
-    m: float
-    lr: float
-    weight_decay: float
-    eps: float
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """The content of hyperparameters.json."""
-
-    rule: str
-    exponents: tuple[float, ...]
-    base: Mapping[str, Any]
-    source: str
-    parameters: tuple[Parameter, ...]
+from megatron_patch.files.run_json import LOSS, METRICS_FOLDER, RUN_JSON, VALIDATION, Evaluation, RunJson, Status
+from megatron_patch.files.whole import NotAsWritten, as_written
+from megatron_patch.runs.tensorboard import Series, read_events, tensorboard_files
 
 
 @dataclass(frozen=True)
@@ -60,6 +26,8 @@ class Run:
     """Short, and unique among the runs that were read together."""
     folder: str
     """The metrics folder, the one with run.json."""
+    file: RunJson = field(repr=False, compare=False)
+    """What it was read from."""
     status: str
     seconds: float
     """From the last start to the last time run.json was written."""
@@ -73,7 +41,7 @@ class Run:
     versions: Mapping[str, str]
     arguments: Mapping[str, Any]
     command: tuple[str, ...]
-    hyperparameters: Hyperparameters | None
+    hyperparameters: HyperparameterTable | None
     alignment: tuple[AlignmentLine, ...]
     equilibrium: tuple[EquilibriumLine, ...]
     sublayers: tuple[SublayerLine, ...]
@@ -106,7 +74,7 @@ class Run:
     @property
     def best(self) -> tuple[float, int] | None:
         """The lowest validation loss and its iteration; evaluations of a diverged model do not count."""
-        series = self.evaluated("validation")
+        series = self.evaluated(VALIDATION)
         finite = [pair for pair in zip(series.values, series.iterations, strict=True) if math.isfinite(pair[0])]
         return min(finite, default=None)
 
@@ -136,7 +104,7 @@ def find_runs(path: str) -> list[str]:
     found = []
     for folder, below, files in os.walk(path):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        if "run.json" in files:
+        if RUN_JSON in files:
             found.append(folder)
     if not found:
         expected = "the folder of a run, with a run.json in it or below it"
@@ -148,7 +116,7 @@ def find_runs(path: str) -> list[str]:
 
 def _names(folders: Sequence[str]) -> list[str]:
     """Return a short name for each folder, leaving out ``transfer`` and the part that all have in common."""
-    runs = [os.path.dirname(f) if os.path.basename(f) == "transfer" else f for f in folders]
+    runs = [os.path.dirname(f) if os.path.basename(f) == METRICS_FOLDER else f for f in folders]
     if len(runs) == 1:
         return [os.path.basename(runs[0])]
     if len(set(runs)) < len(runs):
@@ -163,33 +131,34 @@ def read_run(folder: str, name: str) -> Run:
         ConfigError: a file of the run that cannot be read, or is damaged.
     """
     notes: list[str] = []
-    path = os.path.join(folder, "run.json")
-    content = _json(path)
+    path = os.path.join(folder, RUN_JSON)
+    file = _read(RunJson.read, path)
     try:
-        arguments = _arguments(content["arguments"])
-        evaluations = tuple(_evaluation(entry) for entry in content["evaluations"])
+        arguments = _arguments(file.arguments)
+        evaluations = file.evaluations
         record: dict[str, Any] = {
-            "status": str(content["status"]),
-            "seconds": _seconds(content["started"], content["updated"]),
-            "iteration": int(content["iteration"]),
-            "train_iterations": None if content["train_iterations"] is None else int(content["train_iterations"]),
-            "final_loss": _number(content["final_loss"]),
-            "last_train_loss": _number((content["train_loss"] or {}).get(LOSS)),
-            "layout": dict(content["layout"]),
-            "versions": dict(content["versions"]),
-            "command": tuple(content["command"]),
+            "status": file.status,
+            "seconds": file.seconds,
+            "iteration": file.iteration,
+            "train_iterations": file.train_iterations,
+            "final_loss": file.final_loss,
+            "last_train_loss": file.last_train_loss,
+            "layout": file.layout,
+            "versions": file.versions,
+            "command": file.command,
         }
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _damaged(path, "not what megatron_patch writes", error) from None
+    except NotAsWritten as error:
+        raise _damaged(path, f"not what megatron_patch writes: {error}") from None
     alignment = read_lines(os.path.join(folder, "alignment.jsonl"), AlignmentLine, notes)
     if not alignment:
         notes.append("alignment was not measured; --alignment-interval switches it on")
     return Run(
         name=name,
         folder=folder,
+        file=file,
         arguments=arguments,
         evaluations=evaluations,
-        hyperparameters=_hyperparameters(os.path.join(folder, "hyperparameters.json"), notes),
+        hyperparameters=_hyperparameters(folder, notes),
         alignment=alignment,
         equilibrium=read_lines(os.path.join(folder, "equilibrium.jsonl"), EquilibriumLine, notes),
         sublayers=read_lines(os.path.join(folder, "sublayers.jsonl"), SublayerLine, notes),
@@ -199,13 +168,9 @@ def read_run(folder: str, name: str) -> Run:
     )
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+@as_written()
+def _arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return Megatron's arguments; what is used of them here must be of its type."""
-    arguments = dict(content)
     for name in ("save", "tensorboard_dir", "metrics_dir"):
         if not isinstance(arguments.get(name, ""), (str, type(None))):
             raise ValueError(f"{name} is {arguments[name]!r}")
@@ -217,54 +182,27 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
-    losses = {key: float(value) for key, value in entry.items() if key not in ("iteration", "set")}
-    return Evaluation(int(entry["iteration"]), str(entry["set"]), losses)
-
-
-def _seconds(start: str, end: str) -> float:
-    parse = datetime.datetime.fromisoformat
-    return (parse(end) - parse(start)).total_seconds()
-
-
-def _json(path: str) -> Any:
+def _read[File](read: Callable[[str], File], path: str) -> File:
     try:
-        return read_json(path)
+        return read(path)
     except OSError as error:
         raise ConfigError(path, "", "a readable file", f"check its permissions ({error.strerror})") from None
+    except NotAsWritten as error:
+        raise _damaged(path, f"not what megatron_patch writes: {error}") from None
     except ValueError as error:
-        raise _damaged(path, "not JSON", error) from None
+        raise _damaged(path, f"not JSON: {error}") from None
 
 
-def _damaged(path: str, what: str, error: Exception) -> ConfigError:
-    detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-    return ConfigError(path, f"({what}: {detail})", "a file of a run", "restore it, or leave this run out")
+def _damaged(path: str, what: str) -> ConfigError:
+    return ConfigError(path, f"({what})", "a file of a run", "restore it, or leave this run out")
 
 
-def _hyperparameters(path: str, notes: list[str]) -> Hyperparameters | None:
+def _hyperparameters(folder: str, notes: list[str]) -> HyperparameterTable | None:
+    path = os.path.join(folder, HYPERPARAMETERS_JSON)
     if not os.path.exists(path):
         notes.append("hyperparameters.json is missing: no table of hyperparameters per class")
         return None
-    content = _json(path)
-    try:
-        parameters = tuple(
-            Parameter(
-                str(p["name"]),
-                str(p["class"]),
-                tuple(int(n) for n in p["shape"]),
-                *(float(p[key]) for key in ("m", "lr", "weight_decay", "eps")),
-            )
-            for p in content["parameters"]
-        )
-        return Hyperparameters(
-            str(content["rule"]),
-            tuple(float(x) for x in content["exponents"]),
-            dict(content["base"]),
-            str(content["source"]),
-            parameters,
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _damaged(path, "not what megatron_patch writes", error) from None
+    return _read(HyperparameterTable.read, path)
 
 
 def _curves(
@@ -279,6 +217,6 @@ def _curves(
     series = read_events(files)
     last = max((s.iterations[-1] for s in series.values()), default=0)
     interval = int(arguments.get("tensorboard_log_interval") or 1)
-    if status == "finished" and last + interval <= iteration:
+    if status == Status.FINISHED and last + interval <= iteration:
         notes.append(f"TensorBoard's files end at iteration {last}, the run at {iteration}: they are damaged")
     return series

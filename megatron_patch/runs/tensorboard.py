@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LOSS = "lm loss"
+from megatron_patch.files.run_json import LOSS, METRICS_FOLDER
+
 TAGS = (LOSS, "learning-rate", "grad-norm")
 """Keys that are read, beside those of the parameter classes.
 
@@ -36,7 +37,7 @@ def tensorboard_files(folder: str, arguments: Mapping[str, Any]) -> list[str]:
     recorded = arguments.get("tensorboard_dir")
     if not recorded:
         return []
-    metrics = arguments.get("metrics_dir") or os.path.join(arguments.get("save") or recorded, "transfer")
+    metrics = arguments.get("metrics_dir") or os.path.join(arguments.get("save") or recorded, METRICS_FOLDER)
     candidates = [recorded]
     if os.path.isabs(metrics) == os.path.isabs(recorded):
         candidates.insert(0, os.path.join(folder, os.path.relpath(recorded, metrics)))

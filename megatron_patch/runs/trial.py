@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron_patch.config import WIDTH_RULES
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import RunJson, Status
+from megatron_patch.files.whole import NotAsWritten, as_written
 
 DIVERGED = math.nan
 """The loss of a training that ended in numbers that are none."""
@@ -51,38 +53,34 @@ REQUIRED = ("hidden_size", "lr", "loss")
 _INTEGERS = ("hidden_size", "seed", "steps")
 
 
-def trial_of_run(content: Mapping[str, Any], source: str) -> Trial:
+def trial_of_run(file: RunJson) -> Trial:
     """Return the trial that a run.json describes.
-
-    Args:
-        content: of the file.
-        source: its path.
 
     Raises:
         ConfigError: the file lacks what a trial needs: a run of another kind, or one that never evaluated.
     """
     try:
-        arguments = dict(content["arguments"])
-        status, loss = content["status"], content["final_loss"]
-        trial = _checked_trial(
-            hidden_size=int(arguments["hidden_size"]),
-            lr=float(arguments["lr"]),
-            loss=DIVERGED if status == "diverged" else float("nan" if loss is None else loss),
-            weight_decay=float(arguments["weight_decay"]),
-            rule=str(arguments.get("width_scaling") or "none"),
-            vector_lr=None if arguments.get("vector_lr") is None else float(arguments["vector_lr"]),
-            seed=int(arguments["seed"]),
-            steps=None if content["train_iterations"] is None else int(content["train_iterations"]),
-            source=source,
-            arguments=arguments,
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(source, f"({detail})", "the run.json of a training run", "leave this run out") from None
-    if status not in ("finished", "diverged"):
-        raise ConfigError(source, f"(status {status})", "a finished run", "let it finish, or leave it out")
-    if loss is None and status != "diverged":
-        raise ConfigError(source, "(no validation loss)", "a run that evaluated", "train it with --eval-iters above 0")
+        arguments, status, loss = file.arguments, file.status, file.final_loss
+        with as_written():
+            trial = _checked_trial(
+                hidden_size=int(arguments["hidden_size"]),
+                lr=float(arguments["lr"]),
+                loss=DIVERGED if status == Status.DIVERGED or loss is None else loss,
+                weight_decay=float(arguments["weight_decay"]),
+                rule=str(arguments.get("width_scaling") or "none"),
+                vector_lr=None if arguments.get("vector_lr") is None else float(arguments["vector_lr"]),
+                seed=int(arguments["seed"]),
+                steps=file.train_iterations,
+                source=file.path,
+                arguments=arguments,
+            )
+    except NotAsWritten as error:
+        raise ConfigError(file.path, f"({error})", "the run.json of a training run", "leave this run out") from None
+    if status not in (Status.FINISHED, Status.DIVERGED):
+        raise ConfigError(file.path, f"(status {status})", "a finished run", "let it finish, or leave it out")
+    if loss is None and status != Status.DIVERGED:
+        fix = "train it with --eval-iters above 0"
+        raise ConfigError(file.path, "(no validation loss)", "a run that evaluated", fix)
     return trial
 
 

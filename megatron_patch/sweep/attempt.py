@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.files.whole import read_json, write_json
+from megatron_patch.files.run_json import LOSS, METRICS_FOLDER, RUN_JSON, VALIDATION, RunJson, Status
+from megatron_patch.files.whole import NotAsWritten, read_json, write_json, write_text
 from megatron_patch.runs.trial import Trial, trial_of_run
 from megatron_patch.sweep.axes import PlannedTrial
 from megatron_patch.sweep.file import SweepFile
@@ -26,7 +26,7 @@ GRACE_SECONDS = 10.0
 LOG_LINES = 5
 """Of a failed trial's log, shown."""
 
-FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
+FINISHED, DIVERGED, FAILED, PRUNED = Status.FINISHED, Status.DIVERGED, Status.FAILED, "pruned"
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,27 @@ class Claim:
         os.close(self.descriptor)
 
 
-def run_json(folder: str) -> dict[str, Any] | None:
-    """Return the content of a trial's run.json; None if there is none, or no readable one."""
+def run_json_path(folder: str) -> str:
+    """Return the path of a trial's run.json."""
+    return os.path.join(folder, METRICS_FOLDER, RUN_JSON)
+
+
+def read_run_json(folder: str) -> RunJson | None:
+    """Return a trial's run.json; None if there is none, or no readable one."""
     try:
-        content = read_json(os.path.join(folder, "transfer", "run.json"))
+        file = RunJson.read(run_json_path(folder))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return file if isinstance(file.content, dict) else None
 
 
 def settled(folder: str) -> Outcome | None:
     """Return the outcome of a trial whose run.json says how it ended well; None if it says something else."""
-    content = run_json(folder)
-    if content is None or content.get("status") not in (FINISHED, DIVERGED):
+    file = read_run_json(folder)
+    if file is None or not file.stands(Status.FINISHED, Status.DIVERGED):
         return None
     try:
-        trial = trial_of_run(content, os.path.join(folder, "transfer", "run.json"))
+        trial = trial_of_run(file)
     except ConfigError as error:
         return Outcome(FAILED, reason=str(error))
     return Outcome(DIVERGED if trial.diverged else FINISHED, trial)
@@ -155,7 +160,7 @@ class Attempt:
         values = {"python": sys.executable, "worker": str(self.worker), "port": str(_free_port())}
         words = self.file.words(self.trial, values)
         variables = self.file.variables(self.trial, values)
-        if self.file.wait == "run.json":
+        if self.file.wait == RUN_JSON:
             write_json(os.path.join(self.folder, "submitted.json"), {"time": time.time()})
         with open(os.path.join(self.folder, "log.txt"), "wb") as log:
             shown = [*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(words)]
@@ -190,7 +195,7 @@ class Attempt:
         code = self._process.poll()
         if code is None:
             return None
-        if self.file.wait == "run.json" and code == 0:
+        if self.file.wait == RUN_JSON and code == 0:
             self._process = None
             return self._poll_submitted()
         self._kill_group()
@@ -198,29 +203,31 @@ class Attempt:
 
     def _reason(self, code: int) -> str:
         ended = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        content = run_json(self.folder)
-        if content is None:
-            return f"{ended}, no run.json"
-        return f"{ended}, status {content.get('status')} at iteration {content.get('iteration')}"
+        file = read_run_json(self.folder)
+        return f"{ended}, {file.place if file else 'no run.json'}"
 
     def _poll_submitted(self) -> Outcome | None:
         outcome = settled(self.folder)
         if outcome:
             return outcome
-        content = run_json(self.folder)
-        if content and content.get("status") in ("failed", "stopped"):
-            return Outcome(FAILED, reason=f"status {content['status']} at iteration {content.get('iteration')}")
+        file = read_run_json(self.folder)
+        if file and file.stands(Status.FAILED, Status.STOPPED):
+            return Outcome(FAILED, reason=file.place)
         with contextlib.suppress(OSError):
-            self._alive_at = max(self._alive_at, os.stat(os.path.join(self.folder, "transfer", "run.json")).st_mtime)
+            self._alive_at = max(self._alive_at, os.stat(run_json_path(self.folder)).st_mtime)
         if time.time() - self._alive_at > self.file.timeout:
-            what = "run.json did not change" if content else "no run.json"
+            what = "run.json did not change" if file else "no run.json"
             return Outcome(FAILED, reason=f"{what} for {self.file.timeout:g} s (timeout)")
         return None
 
     def evaluations(self) -> list[tuple[int, float]]:
         """Return (iteration, validation loss) of every evaluation so far."""
-        entries = (run_json(self.folder) or {}).get("evaluations") or []
-        return [(e["iteration"], e["lm loss"]) for e in entries if e.get("set") == "validation" and "lm loss" in e]
+        file = read_run_json(self.folder)
+        try:
+            evaluations = file.evaluations if file else ()
+        except NotAsWritten:
+            return []
+        return [(e.iteration, e.losses[LOSS]) for e in evaluations if e.on == VALIDATION and LOSS in e.losses]
 
     @property
     def seconds(self) -> float:
@@ -255,23 +262,6 @@ class Attempt:
     def close(self) -> None:
         """Give the claim back."""
         self._claim.release()
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file in one step; several processes may do so at a time.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 def _free_port() -> int:

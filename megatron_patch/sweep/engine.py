@@ -13,6 +13,8 @@ from types import FrameType
 from typing import Any
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import RUN_JSON
+from megatron_patch.files.whole import write_text
 from megatron_patch.runs.trial import to_csv
 from megatron_patch.sweep.attempt import (
     DIVERGED,
@@ -27,7 +29,6 @@ from megatron_patch.sweep.attempt import (
     last_lines,
     settled,
     submitted,
-    write_text,
 )
 from megatron_patch.sweep.axes import PlannedTrial
 from megatron_patch.sweep.file import Search, SweepFile, TwoPhase
@@ -201,7 +202,7 @@ class _Engine:
             if outcome is None:
                 free = set(range(self.workers)) - {other.worker for other in self.running.values()}
                 attempt = Attempt(self.file, trial, claim, min(free))
-                if self.file.wait == "run.json" and submitted(attempt.folder):
+                if self.file.wait == RUN_JSON and submitted(attempt.folder):
                     self._check_unchanged(trial)
                     attempt.rejoin()
                     self.progress.say(f"{trial.name}: was submitted before; waiting for its run.json")
@@ -258,7 +259,7 @@ class _Engine:
 
     def _write_table(self) -> None:
         done = sorted((name, outcome.trial) for name, outcome in self.outcomes.items() if outcome.trial is not None)
-        write_text(os.path.join(self.file.output, "trials.csv"), to_csv(trial for _, trial in done))
+        write_text(os.path.join(self.file.output, "trials.csv"), to_csv(trial for _, trial in done), shared=True)
 
     def _end_all(self) -> int:
         """End every training that was started here; returns how many there were."""

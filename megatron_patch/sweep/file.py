@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import METRICS_FOLDER, RUN_JSON
 from megatron_patch.files.yaml_flags import load_yaml, read_mapping
 from megatron_patch.sweep.axes import (
     FOLDER,
@@ -30,7 +31,7 @@ SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 PRUNERS = ("median", "successive-halving", "hyperband")
 DEFAULT_COMMAND = ("{python}", "-m", "megatron_patch", "run", "--config", "{config}")
 PLACEHOLDERS = ("config", "folder", "name", "sweep", "python", "worker", "port")
-WAITS = ("command", "run.json")
+WAITS = ("command", RUN_JSON)
 DAY_SECONDS = 86400.0
 
 
@@ -94,7 +95,7 @@ class SweepFile:
         """Return all flags of a trial that lies in `folder`."""
         flags = {name: value for name, value in {**self.flags, **trial.changes}.items() if value is not None}
         flags = {name: _in_folder(value, folder) for name, value in flags.items()}
-        return flags | {"metrics-dir": f"{folder}/transfer", "tensorboard-dir": f"{folder}/tensorboard"}
+        return flags | {"metrics-dir": f"{folder}/{METRICS_FOLDER}", "tensorboard-dir": f"{folder}/tensorboard"}
 
     def config_text(self, trial: PlannedTrial) -> str:
         """Return the content of a trial's config.yaml."""

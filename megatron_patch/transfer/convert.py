@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.whole import write_text
 from megatron_patch.files.yaml_flags import load_yaml
 from megatron_patch.runs.foreign import WANDB_NOTE
 from megatron_patch.runs.read import read_trials
@@ -70,7 +71,7 @@ def convert(
     new = edit(target, text, plan.changes, title)
     if as_json:
         print(json.dumps(plan.as_json(), allow_nan=False))
-    write_text(output, new)
+    _write(output, new)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not as_json:
@@ -78,25 +79,9 @@ def convert(
     return plan
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a file in one step, as it is, line ends included.
-
-    Raises:
-        ConfigError: its folder cannot be made or written to.
-    """
-    temporary = f"{path}.partial"
+def _write(path: str, text: str) -> None:
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+        write_text(path, text, durable=True)
     except OSError as error:
         raise ConfigError(
             "--output", path, "a file that can be written", f"choose another ({error.strerror})"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.config import WIDTH_RULES
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import RunJson
 from megatron_patch.runs.read import read_trials
 from megatron_patch.runs.trial import Trial, read_csv, to_csv, trial_of_run
 
@@ -99,10 +100,10 @@ RECORD: dict[str, Any] = {
 
 
 def test_trial_of_a_run() -> None:
-    trial = trial_of_run(RECORD, "run.json")
+    trial = trial_of_run(RunJson("run.json", RECORD))
     assert trial == Trial(32, 0.01, 3.5, 0.1, "sqrt", None, 1, 10, "run.json")
-    assert trial_of_run({**RECORD, "status": "diverged", "final_loss": None}, "run.json").diverged
-    assert math.isnan(trial_of_run({**RECORD, "final_loss": math.nan}, "run.json").loss)
+    assert trial_of_run(RunJson("run.json", {**RECORD, "status": "diverged", "final_loss": None})).diverged
+    assert math.isnan(trial_of_run(RunJson("run.json", {**RECORD, "final_loss": math.nan})).loss)
 
 
 @pytest.mark.parametrize(
