@@ -194,9 +194,7 @@ def read_sweep(path: str) -> SweepFile:
     Raises:
         ConfigError: anything in the file, or in the base config, that cannot be honoured.
     """
-    content, root = read_mapping(path, "SWEEP.yaml", "see docs/sweep.md")
-    if root is not None:
-        _refuse_repeated_keys(path, root)
+    content = read_mapping(path, "SWEEP.yaml", "see docs/sweep.md")
     keys = ("config", "output", "set", "command", "environment", "wait", "timeout", *KINDS)
     top = _Mapping(path, content, keys)
     given = [kind for kind in KINDS if kind in top]
@@ -221,29 +219,6 @@ def read_sweep(path: str) -> SweepFile:
         timeout=timeout,
         plan=_plan(top, given[0]),
     )
-
-
-def _refuse_repeated_keys(path: str, node: yaml.Node) -> None:
-    """PyYAML keeps the last of equal keys without a word."""
-    waiting, seen = [node], {id(node)}  # aliases make a graph of the tree
-    while waiting:
-        current = waiting.pop()
-        below: list[yaml.Node] = []
-        if isinstance(current, yaml.MappingNode):
-            lines: dict[str, int] = {}
-            for key, value in current.value:
-                name, line = str(key.value), key.start_mark.line + 1
-                if name in lines:
-                    expected = f"each key once, and line {lines[name]} has it"
-                    raise ConfigError(f"{path}: {name}", f"at line {line}", expected, "delete one")
-                lines[name] = line
-                below.append(value)
-        elif isinstance(current, yaml.SequenceNode):
-            below = list(current.value)
-        for child in below:
-            if id(child) not in seen:
-                seen.add(id(child))
-                waiting.append(child)
 
 
 def _base_flags(top: _Mapping) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from rich.table import Table
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.whole import write_text
 from megatron_patch.files.yaml_flags import load_yaml
-from megatron_patch.runs.foreign import WANDB_NOTE
 from megatron_patch.runs.read import read_trials
+from megatron_patch.runs.wandb import WANDB_NOTE
 from megatron_patch.theory.width import RULES, Role, Rule, multipliers
 from megatron_patch.transfer.checks import Training
 from megatron_patch.transfer.plan import Options, Plan, make_plan
