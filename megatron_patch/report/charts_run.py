@@ -22,7 +22,7 @@ MOST_BAND_POINTS = 60
 NAMED_RUNS = 8
 """Runs that one picture can tell apart."""
 
-type Point = tuple[int, str, float | None]
+type Measurement = tuple[int, str, float | None]
 """Iteration, kind of layer, value."""
 
 
@@ -151,10 +151,10 @@ def alignment_pictures(run: Run) -> list[Picture]:
     random = [(f"1/√{fan_in}", 1 / math.sqrt(fan_in)) for fan_in in (fan_ins if len(fan_ins) <= 3 else fan_ins[:1])]
     measurable = measurable_updates(run)
 
-    def updated(value: Callable[[AlignmentLine], float | None]) -> list[Point]:
+    def updated(value: Callable[[AlignmentLine], float | None]) -> list[Measurement]:
         return [(li.iteration, li.layer, value(li)) for li in lines if (li.iteration, li.layer) in measurable]
 
-    def always(value: Callable[[AlignmentLine], float | None]) -> list[Point]:
+    def always(value: Callable[[AlignmentLine], float | None]) -> list[Measurement]:
         return [(li.iteration, li.layer, value(li)) for li in lines]
 
     return present(
@@ -210,7 +210,7 @@ def equilibrium_pictures(run: Run) -> list[Picture]:
 
 def _sizes(lines: Sequence[EquilibriumLine]) -> Picture | None:
     """Return the relative update of all layers together: measured, predicted step by step, and in equilibrium."""
-    points: list[Point] = []
+    points: list[Measurement] = []
     for line in lines:
         points += [
             (line.iteration, "measured", line.relative_update),
@@ -230,7 +230,7 @@ def _sizes(lines: Sequence[EquilibriumLine]) -> Picture | None:
 
 
 def _metric(
-    title: str, meaning: str, points: Iterable[Point], references: Sequence[tuple[str, float]] = ()
+    title: str, meaning: str, points: Iterable[Measurement], references: Sequence[tuple[str, float]] = ()
 ) -> Picture | None:
     """Return the picture of a number that every layer has, a line for each kind of layer."""
     return line_picture(
@@ -253,7 +253,7 @@ def line_picture(
     )
 
 
-def bands(points: Iterable[Point]) -> list[Line]:
+def bands(points: Iterable[Measurement]) -> list[Line]:
     """Return a line for each group of points: the median per iteration, in a band from 10th to 90th percentile."""
     groups: dict[str, dict[int, list[float]]] = {}
     for iteration, group, value in points:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megatron_patch.files.lines import AlignmentLine
 from megatron_patch.fit.curves import Study, grouped, label, setting
-from megatron_patch.report.charts_run import Point, bands, line_picture, present
+from megatron_patch.report.charts_run import Measurement, bands, line_picture, present
 from megatron_patch.report.drawing import INK, LIGHT, Line, Picture, hover, name_ends, readable_log
 from megatron_patch.report.layers import layer_kind, lines_by_kind, measurable_updates
 from megatron_patch.runs.run import Run
@@ -141,7 +141,7 @@ def _lines(members: Iterable[Member], key: str, updates: bool, wanted: Callable[
     drawn = []
     for member in members:
         measurable = measurable_updates(member.run)
-        points: list[Point] = [
+        points: list[Measurement] = [
             (line.iteration, member.name, getattr(line, key))
             for line in lines_by_kind(member.run)
             if wanted(line.layer) and (not updates or (line.iteration, line.layer) in measurable)
@@ -163,7 +163,7 @@ def _against_proxy(comparison: Comparison) -> Picture | None:
     }
     lines = []
     for member in comparison.members[1:]:
-        ratios: list[Point] = []
+        ratios: list[Measurement] = []
         for li in member.run.equilibrium:
             measured, predicted = base.get((li.iteration, li.layer), (None, None))
             if measured and li.relative_update:

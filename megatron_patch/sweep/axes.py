@@ -17,7 +17,7 @@ OWN_FLAGS = ("metrics-dir", "tensorboard-dir")
 
 
 @dataclass(frozen=True)
-class Point:
+class AxisPoint:
     """One value of an axis."""
 
     label: str
@@ -32,7 +32,7 @@ class Axis:
 
     name: str
     """The flag, or the name given to a bundle of flags."""
-    points: tuple[Point, ...]
+    points: tuple[AxisPoint, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_axis(where: str, key: object, values: object) -> Axis:
     name = flag_of(where, key)
     where = f"{where}.{name}"
     if isinstance(values, dict):
-        points = [Point(value_label(value), {name: value}) for value in powers_of_two(where, values)]
+        points = [AxisPoint(value_label(value), {name: value}) for value in powers_of_two(where, values)]
     elif isinstance(values, list) and values:
         points = [_point(where, name, value) for value in values]
         bundles = sum(isinstance(value, dict) for value in values)
@@ -127,12 +127,12 @@ def read_axis(where: str, key: object, values: object) -> Axis:
     return Axis(name, tuple(points))
 
 
-def _point(where: str, name: str, value: object) -> Point:
+def _point(where: str, name: str, value: object) -> AxisPoint:
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise ConfigError(where, value, "one value", f"for a flag that takes several write `- {{{name}: [...]}}`")
         check_value(where, name, value)
-        return Point(value_label(value), {name: value})
+        return AxisPoint(value_label(value), {name: value})
     if not value:
         raise ConfigError(where, value, "at least one flag", "delete the empty mapping")
     flags = {}
@@ -140,10 +140,10 @@ def _point(where: str, name: str, value: object) -> Point:
         flag = flag_of(where, key)
         check_value(where, flag, content)
         flags[flag] = content
-    return Point(value_label(next(iter(flags.values()))), flags)
+    return AxisPoint(value_label(next(iter(flags.values()))), flags)
 
 
-def number(where: str, value: object) -> float:
+def read_number(where: str, value: object) -> float:
     """Return a YAML value as a finite number; ``1e-3``, which YAML takes for text, is one.
 
     Raises:
@@ -168,7 +168,7 @@ def bounds(where: str, value: object) -> tuple[float, float]:
     """
     if not isinstance(value, list) or len(value) != 2:
         raise ConfigError(where, value, "[low, high]", "give two numbers")
-    low, high = (number(where, entry) for entry in value)
+    low, high = (read_number(where, entry) for entry in value)
     if low > high:
         raise ConfigError(where, value, "the lower one first", "swap them")
     return low, high
@@ -185,7 +185,7 @@ def powers_of_two(where: str, content: Mapping[Any, Any]) -> list[float | int]:
     if "log2" not in content or not set(content) <= {"log2", "step"}:
         raise ConfigError(where, content, "a list of values, or {log2: [low, high], step: 1}", "write one of them")
     low, high = bounds(f"{where}.log2", content["log2"])
-    step = number(f"{where}.step", content.get("step", 1))
+    step = read_number(f"{where}.step", content.get("step", 1))
     if max(abs(low), abs(high)) > 1000 or step < 1e-3 or (high - low) / step > 10_000:
         raise ConfigError(where, content, "exponents within 1000, and a step above 0.001", "correct them")
     steps = round((high - low) / step)

@@ -53,9 +53,9 @@ def make_source(file: SweepFile) -> Source:
         ConfigError: the study cannot be used.
     """
     if isinstance(file.plan, Search):
-        from megatron_patch.sweep.optuna_study import Study  # Optuna takes a second to import
+        from megatron_patch.sweep.optuna_study import OptunaStudy  # Optuna takes a second to import
 
-        return Study(file, file.plan)
+        return OptunaStudy(file, file.plan)
     return Phases(file.plan) if isinstance(file.plan, TwoPhase) else Grid(file.plan)
 
 

@@ -20,10 +20,10 @@ from megatron_patch.sweep.axes import (
     bounds,
     check_value,
     flag_of,
-    number,
     plan,
     read_axes,
     read_axis,
+    read_number,
 )
 
 KINDS = ("grid", "two-phase", "optuna")
@@ -205,7 +205,7 @@ def read_sweep(path: str) -> SweepFile:
         raise ConfigError(
             top.place("timeout"), content["timeout"], "`wait: run.json` beside it", "add it, or drop this"
         )
-    timeout = number(top.place("timeout"), content.get("timeout", DAY_SECONDS))
+    timeout = read_number(top.place("timeout"), content.get("timeout", DAY_SECONDS))
     if timeout <= 0:
         raise ConfigError(top.place("timeout"), timeout, "seconds above 0", "correct it")
     output = os.path.normpath(top.text("output"))

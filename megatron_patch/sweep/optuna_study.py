@@ -30,7 +30,7 @@ _PRUNERS: dict[str, type[optuna.pruners.BasePruner]] = {
 }
 
 
-class Study:
+class OptunaStudy:
     """The trials of an Optuna study.
 
     A trial that this sweep or a killed one began stays open in the study until its training finished, diverged or was

@@ -17,7 +17,7 @@ from megatron_patch.runs.read import read_trials
 from megatron_patch.runs.wandb import WANDB_NOTE
 from megatron_patch.theory.width import RULES, Role, Rule, multipliers
 from megatron_patch.transfer.checks import Training
-from megatron_patch.transfer.plan import Options, Plan, make_plan
+from megatron_patch.transfer.plan import Conversion, Options, plan_conversion
 from megatron_patch.transfer.yaml_edit import edit
 
 _FAN_INS = {
@@ -40,7 +40,7 @@ class ClassValue:
 
 def convert(
     sweep: str, target: str, output: str, options: Options, *, proxy: str | None = None, as_json: bool = False
-) -> Plan:
+) -> Conversion:
     """Read a sweep and the target's config, write the tuned config, print what it will do, and return the plan.
 
     Args:
@@ -62,7 +62,7 @@ def convert(
         raise ConfigError("--output", output, "a file name, and this is a folder", "add the name of the file")
     flags = load_yaml(target, "--target")
     trials = read_trials(sweep)
-    plan = make_plan(trials, flags, options, load_yaml(proxy, "--proxy") if proxy else None)
+    plan = plan_conversion(trials, flags, options, load_yaml(proxy, "--proxy") if proxy else None)
     if any(t.source.endswith(".wandb") for t in trials):
         plan = replace(plan, warnings=(*plan.warnings, WANDB_NOTE))
     with open(target, encoding="utf-8", newline="") as file:
@@ -124,7 +124,7 @@ def classes(flags: Mapping[str, Any]) -> list[ClassValue]:
     return found
 
 
-def _show(plan: Plan, output: str) -> None:
+def _show(plan: Conversion, output: str) -> None:
     console = Console(soft_wrap=True, highlight=False)
     low, high = plan.interval
     console.print(

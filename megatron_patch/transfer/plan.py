@@ -50,7 +50,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """What the target's config will be changed to."""
 
     lr: float
@@ -83,9 +83,9 @@ class Refused(NoOptimum):
     """A transfer that would be a guess; ``--force`` goes on."""
 
 
-def make_plan(
+def plan_conversion(
     trials: Sequence[Trial], target: Mapping[str, Any], options: Options, proxy: Mapping[str, Any] | None = None
-) -> Plan:
+) -> Conversion:
     """Fit the proxy's optimum and plan the changes to the target.
 
     Args:
@@ -134,7 +134,9 @@ def make_plan(
     changes |= _warmup(target, rule, target_width / width, options, warnings)
     flags = {**target, **{name: change.value for name, change in changes.items()}}
     _validate(flags)
-    return Plan(lr, (low, high), _round(weight_decay), width, rule, found.loss, found, changes, tuple(warnings), flags)
+    return Conversion(
+        lr, (low, high), _round(weight_decay), width, rule, found.loss, found, changes, tuple(warnings), flags
+    )
 
 
 def _size(flags: Mapping[str, Any], name: str) -> int:

@@ -16,7 +16,7 @@ from megatron_patch.runs.read import read_trials
 from megatron_patch.runs.trial import Trial
 from megatron_patch.sweep.attempt import FINISHED, Outcome
 from megatron_patch.sweep.file import Search, read_sweep
-from megatron_patch.sweep.optuna_study import Study
+from megatron_patch.sweep.optuna_study import OptunaStudy
 from tests.support.fake_training import loss_of
 from tests.sweep.test_engine import FAKE, Folder, finish, wait_for
 
@@ -144,7 +144,7 @@ def drawn(sweep: Folder, output: str) -> list[dict[str, Any]]:
     sweep.write(**search(trials=9), output=str(sweep.path / output))
     file = read_sweep(str(sweep.path / "sweep.yaml"))
     assert isinstance(file.plan, Search)
-    study = Study(file, file.plan)
+    study = OptunaStudy(file, file.plan)
     changes = []
     while trial := study.new():
         loss = loss_of(trial.changes["lr"])
@@ -174,5 +174,5 @@ def test_a_sampler_without_its_package(sweep: Folder, monkeypatch: pytest.Monkey
     file = read_sweep(str(sweep.path / "sweep.yaml"))
     assert isinstance(file.plan, Search)
     with pytest.raises(ConfigError, match=r"^sampler cmaes: expected the package cmaes, which it needs; pip install"):
-        Study(file, file.plan)
+        OptunaStudy(file, file.plan)
     assert not sweep.out.exists()
