@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megatron_patch.files.lines import AlignmentLine, EquilibriumLine
+from megatron_patch.files.run_json import VALIDATION
 from megatron_patch.report.drawing import DASHES, LIGHT, Line, Picture, draw_lines, wide_figure
 from megatron_patch.report.layers import layer_kind, lines_by_kind, measurable_updates, ratio
 from megatron_patch.runs.run import Run
@@ -49,7 +50,7 @@ def present(*pictures: Picture | None) -> list[Picture]:
 
 
 def _loss(run: Run) -> Picture | None:
-    train, validation = run.train_loss, run.evaluated("validation")
+    train, validation = run.train_loss, run.evaluated(VALIDATION)
     lines = []
     text = []
     if train.values:
@@ -273,7 +274,7 @@ def bands(points: Iterable[Measurement]) -> list[Line]:
 def comparison_pictures(runs: Sequence[Run]) -> list[Picture]:
     """Return the losses of several runs in one picture each; with many of them only the lowest is named."""
     return present(
-        _comparison("Validation loss of all runs", [(run, run.evaluated("validation")) for run in runs]),
+        _comparison("Validation loss of all runs", [(run, run.evaluated(VALIDATION)) for run in runs]),
         _comparison("Training loss of all runs", [(run, run.train_loss) for run in runs]),
     )
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from megatron_patch.files.lines import AlignmentLine
+from megatron_patch.files.run_json import TEST
 from megatron_patch.report.layers import layer_kind, lines_by_kind, measurable_updates
 from megatron_patch.runs.run import Run
 
@@ -86,7 +87,7 @@ def duration_text(seconds: float) -> str:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    test = run.evaluated("test").values
+    test = run.evaluated(TEST).values
     return [
         ("Validation loss", loss_text(run.final_loss)),
         ("Best validation loss", best_text(run)),
