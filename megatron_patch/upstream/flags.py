@@ -21,6 +21,7 @@ from megatron_patch.config import (
     flag,
 )
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import METRICS_FOLDER
 from megatron_patch.metrics.alarm import read_proxy
 from megatron_patch.upstream.refusals import _check_optimizer
 
@@ -236,7 +237,7 @@ def metrics_directory(args: Any) -> str | None:
     if getattr(args, "metrics_dir", None):
         return str(args.metrics_dir)
     parent = getattr(args, "save", None) or getattr(args, "tensorboard_dir", None)
-    return os.path.join(parent, "transfer") if parent else None
+    return os.path.join(parent, METRICS_FOLDER) if parent else None
 
 
 def validate(args: Any) -> Settings:

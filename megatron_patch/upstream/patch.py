@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_patch.config import Settings
 from megatron_patch.errors import AuditError
-from megatron_patch.files.run_json import RunRecord
+from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON
+from megatron_patch.files.run_json import TEST, VALIDATION, RunRecord, Status
 from megatron_patch.files.whole import write_json
 from megatron_patch.upstream import flags
 from megatron_patch.upstream.datasets import skip_compile_helpers
@@ -298,7 +299,7 @@ class _Run:
 
         if args.rank == 0:
             content = {"iteration": args.iteration, **table}
-            writing(directory, lambda: write_json(f"{directory}/hyperparameters.json", content))
+            writing(directory, lambda: write_json(f"{directory}/{HYPERPARAMETERS_JSON}", content))
         if args.rank == args.world_size - 1:
             layout = {
                 "world": args.world_size,
@@ -361,7 +362,7 @@ class _Run:
 
             self.eval_losses = []
             result = original(*args, **kwargs)
-            on = "test" if "test set" in argument(original, "prefix", args, kwargs) else "validation"
+            on = TEST if "test set" in argument(original, "prefix", args, kwargs) else VALIDATION
             ours = get_args()
             for i, losses in enumerate(self.eval_losses):
                 suffix = f"-{(ours.validation_set_names or range(i + 1))[i]}" if ours.multiple_validation_sets else ""
@@ -381,7 +382,7 @@ class _Run:
                     self.record.ended(status_of(error, self.record.content["train_loss"]))
                 raise
             if self.record:
-                self.record.ended("finished")
+                self.record.ended(Status.FINISHED)
             return result
 
         return train

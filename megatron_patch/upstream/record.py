@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.files.run_json import Status
 from megatron_patch.upstream.width.audit import live_groups
 from megatron_patch.upstream.width.plan import Hyperparameters, Plan
 
@@ -139,7 +140,7 @@ def writing[Result](directory: str, step: Callable[[], Result]) -> Result:
         ) from None
 
 
-def status_of(error: BaseException, last_losses: Mapping[str, float] | None) -> str:
+def status_of(error: BaseException, last_losses: Mapping[str, float] | None) -> Status:
     """Return the status for run.json of a training that `error` ended.
 
     ``stopped``: Megatron left by itself, as it does at --exit-interval. ``diverged``: a loss or gradient was NaN or Inf
@@ -155,13 +156,13 @@ def status_of(error: BaseException, last_losses: Mapping[str, float] | None) -> 
     from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 
     if isinstance(error, SystemExit) and not error.code:
-        return "stopped"
+        return Status.STOPPED
     reproduced = (RerunState.WILL_RERUN_FROM_CHECKPOINT, RerunState.RERUNNING_FROM_CHECKPOINT)
     rejected = get_rerun_state_machine().state in reproduced
     # With --rerun-mode disabled the check raises this at once.
     rejected |= isinstance(error, RuntimeError) and "Unexpected result" in str(error)
     rejected |= not all(math.isfinite(loss) for loss in (last_losses or {}).values())
-    return "diverged" if rejected else "failed"
+    return Status.DIVERGED if rejected else Status.FAILED
 
 
 def measured_folder() -> str | None:
