@@ -1,7 +1,7 @@
-"""The files of a metrics folder, read back line by line."""
+"""The lines of the files in a metrics folder: their keys, in the order in which they are written, and their reader."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, cast
 
 from megatron_patch.errors import ConfigError
@@ -35,12 +35,64 @@ class AlignmentLine:
     top_singular_value: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class EquilibriumLine:
+    """One line of equilibrium.jsonl: measured and predicted size of a layer's weight and of its update."""
+
+    iteration: int
+    layer: str
+    weight_rms: float | None
+    predicted_weight_rms: float | None
+    relative_update: float | None
+    predicted_relative_update: float | None
+    equilibrium_relative_update: float | None
+    normalised_top_singular_value: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SublayerLine:
+    """One line of sublayers.jsonl: an attention or MLP block at an iteration."""
+
+    iteration: int
+    layer: str
+    input_rms: float | None = None
+    output_rms: float | None = None
+    gain: float | None
+    """RMS of the block's output over RMS of its normalised input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckLine:
+    """One line of transfer_check.jsonl: a quantity of a layer at an iteration, beside its proxy's."""
+
+    iteration: int
+    fraction: float | None = None
+    """Of the run's iterations."""
+    layer: str
+    quantity: str
+    value: float | None = None
+    reference: float | None = None
+    """The proxy's at the same fraction."""
+    ratio: float
+    in_a_row: int | None = None
+    """Measurements that deviate, this one and those right before it."""
+    alarm: bool | None = None
+    cause: str | None = None
+    """The likely one, in words; None without an alarm."""
+
+
+def keys(line_type: type[Any]) -> tuple[str, ...]:
+    """Return the keys of a line of this type, in the order in which they are written."""
+    return tuple(field.name for field in fields(line_type))
+
+
 def read_lines[Line](path: str, line_type: type[Line], notes: list[str]) -> tuple[Line, ...]:
     """Return the lines of a JSON-lines file of the metrics folder; none, if there is no such file.
 
     Args:
         path: the file; it may be growing.
-        line_type: a dataclass whose fields are the keys to read; a line may have more.
+        line_type: one of the types above; a line may have more keys. A field with a default is one that nothing here
+            needs, so a line is read without it.
         notes: gets a note if the last line is unfinished, which is then left out.
 
     Raises:
@@ -77,42 +129,11 @@ def _line[Line](text: str, line_type: type[Line]) -> Line:
         raise ValueError("not an object")
     values = {}
     for field in fields(cast(Any, line_type)):
-        value = content[field.name]
+        needed = field.default is MISSING
+        value = content[field.name] if needed else content.get(field.name)
         wanted: Any = field.type
-        if not isinstance(value, wanted) and not (isinstance(value, int) and isinstance(0.0, wanted)):
+        if isinstance(value, wanted) or (isinstance(value, int) and isinstance(0.0, wanted)):
+            values[field.name] = value
+        elif needed:
             raise ValueError(f"{field.name} is {value!r}")
-        values[field.name] = value
     return line_type(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class EquilibriumLine:
-    """One line of equilibrium.jsonl: measured and predicted size of a layer's weight and of its update."""
-
-    iteration: int
-    layer: str
-    weight_rms: float | None
-    predicted_weight_rms: float | None
-    relative_update: float | None
-    predicted_relative_update: float | None
-    equilibrium_relative_update: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class SublayerLine:
-    """One line of sublayers.jsonl: an attention or MLP block at an iteration."""
-
-    iteration: int
-    layer: str
-    gain: float | None
-    """RMS of the block's output over RMS of its normalised input."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckLine:
-    """What is read back from a line of transfer_check.jsonl when a run is resumed."""
-
-    iteration: int
-    layer: str
-    quantity: str
-    ratio: float

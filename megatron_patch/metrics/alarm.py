@@ -5,21 +5,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.lines import FADED, AlignmentLine, CheckLine, read_lines
 from megatron_patch.files.run_json import RUN_JSON, RunJson
 from megatron_patch.files.whole import NotAsWritten, as_written
+from megatron_patch.metrics.derive import Line, weight_rms
 from megatron_patch.theory.deviation import UNKNOWN, Trained, likely_cause
 from megatron_patch.theory.width import RULES, Rule
 
 FILE = "transfer_check.jsonl"
 QUANTITIES = {"relative_update": "relative update", "relative_representation_change": "RRC"}
 """What is compared, and what a warning calls it."""
-
-type Line = dict[str, Any]
 
 
 class Curve:
@@ -125,12 +124,8 @@ _MEASURED: dict[str, Callable[[Any], float | None]] = {
     "lr": lambda line: line.lr,
     "weight_decay": lambda line: line.weight_decay,
     "m": lambda line: line.m,
-    "weight_rms": lambda line: _rms(line.weight_norm, line.fan_in, line.fan_out),
+    "weight_rms": lambda line: weight_rms(line.weight_norm, line.fan_in, line.fan_out),
 }
-
-
-def _rms(norm: float | None, fan_in: int, fan_out: int) -> float | None:
-    return None if norm is None else norm / math.sqrt(fan_in * fan_out)
 
 
 def rules_of(arguments: Mapping[str, Any]) -> Callable[[str], Rule]:
@@ -214,20 +209,19 @@ class TransferCheck:
                 ratio = ratios[quantity] = value / reference
                 in_a_row = self._counted(line["layer"], quantity, ratio)
                 alarm = in_a_row >= self._count
-                found.append(
-                    {
-                        "iteration": line["iteration"],
-                        "fraction": fraction,
-                        "layer": line["layer"],
-                        "quantity": quantity,
-                        "value": value,
-                        "reference": reference,
-                        "ratio": ratio,
-                        "in_a_row": in_a_row,
-                        "alarm": alarm,
-                        "cause": self._cause(line, fraction, quantity, ratios) if alarm else None,
-                    }
+                compared = CheckLine(
+                    iteration=line["iteration"],
+                    fraction=fraction,
+                    layer=line["layer"],
+                    quantity=quantity,
+                    value=value,
+                    reference=reference,
+                    ratio=ratio,
+                    in_a_row=in_a_row,
+                    alarm=alarm,
+                    cause=self._cause(line, fraction, quantity, ratios) if alarm else None,
                 )
+                found.append(asdict(compared))
         return found
 
     def _cause(self, line: Mapping[str, Any], fraction: float, quantity: str, ratios: Mapping[str, float]) -> str:
@@ -235,7 +229,7 @@ class TransferCheck:
         proxy = self._proxy.trained(layer, fraction)
         if proxy is None or ratio <= 0 or line["lr"] <= 0:
             return UNKNOWN
-        rms = _rms(line["weight_norm"], line["fan_in"], line["fan_out"])
+        rms = weight_rms(line["weight_norm"], line["fan_in"], line["fan_out"])
         here = Trained(line["lr"], line["weight_decay"], line["m"], rms, self._rule(layer))
         aligned = None
         if quantity == "relative_representation_change" and ratios.get("relative_update"):

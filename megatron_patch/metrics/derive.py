@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from megatron_patch.files.lines import AlignmentLine, EquilibriumLine, SublayerLine, keys
 from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.metrics.meter import SLOTS, SUBLAYER_SLOTS
 from megatron_patch.metrics.views import Row
@@ -11,16 +13,10 @@ from megatron_patch.theory import alignment, equilibrium
 
 Line = dict[str, Any]
 
-KEYS = (
-    "iteration",
-    "layer",
-    "kind",
-    "fan_in",
-    "fan_out",
-    "m",
-    "lr",
-    "weight_decay",
-    "tokens",
+KEYS = keys(AlignmentLine)
+"""Keys of a line of alignment.jsonl."""
+
+METRICS = (
     "weight_norm",
     "update_norm",
     "relative_update",
@@ -30,10 +26,15 @@ KEYS = (
     "relative_representation_change",
     "top_singular_value",
 )
-"""Keys of a line of alignment.jsonl."""
+"""The measured ones among them: averaged over experts, and shown to TensorBoard and W&B."""
 
-METRICS = KEYS[9:]
-"""The measured ones among them."""
+EQUILIBRIUM_METRICS = (
+    "weight_rms",
+    "predicted_weight_rms",
+    "predicted_relative_update",
+    "normalised_top_singular_value",
+)
+"""Keys of equilibrium.jsonl that are shown to TensorBoard and W&B."""
 
 
 def alignment_line(
@@ -119,17 +120,23 @@ def equilibrium_line(line: Line, forecast: NormForecast, hidden_size: int) -> Li
     decays = 0 < lr * weight_decay < 1
     top = line["top_singular_value"]
     scale = equilibrium.top_singular_value_scale(lr, weight_decay, hidden_size) if decays else None
-    norm = line["weight_norm"]
-    return {
-        "iteration": line["iteration"],
-        "layer": line["layer"],
-        "weight_rms": None if norm is None else norm / math.sqrt(line["fan_in"] * line["fan_out"]),
-        "predicted_weight_rms": rms,
-        "relative_update": line["relative_update"],
-        "predicted_relative_update": lr / rms if rms and lr > 0 else None,
-        "equilibrium_relative_update": equilibrium.equilibrium_relative_update(lr, weight_decay) if decays else None,
-        "normalised_top_singular_value": None if top is None or scale is None else top / scale,
-    }
+    return asdict(
+        EquilibriumLine(
+            iteration=line["iteration"],
+            layer=line["layer"],
+            weight_rms=weight_rms(line["weight_norm"], line["fan_in"], line["fan_out"]),
+            predicted_weight_rms=rms,
+            relative_update=line["relative_update"],
+            predicted_relative_update=lr / rms if rms and lr > 0 else None,
+            equilibrium_relative_update=equilibrium.equilibrium_relative_update(lr, weight_decay) if decays else None,
+            normalised_top_singular_value=None if top is None or scale is None else top / scale,
+        )
+    )
+
+
+def weight_rms(norm: float | None, fan_in: int, fan_out: int) -> float | None:
+    """Return the RMS of the entries of a weight from its Frobenius norm; None where that was not measured."""
+    return None if norm is None else norm / math.sqrt(fan_in * fan_out)
 
 
 def sublayer_line(
@@ -151,7 +158,7 @@ def sublayer_line(
     input_rms = _rms(x["input"], x["tokens"] * width)
     output_rms = _rms(y["output"], y["tokens"] * width)
     gain = output_rms / input_rms if input_rms and output_rms is not None else None
-    return {"iteration": iteration, "layer": name, "input_rms": input_rms, "output_rms": output_rms, "gain": gain}
+    return asdict(SublayerLine(iteration=iteration, layer=name, input_rms=input_rms, output_rms=output_rms, gain=gain))
 
 
 def _root(square: float) -> float | None:

@@ -18,6 +18,7 @@ from megatron_patch.metrics.reduce import (
     sum_of_squares,
 )
 from megatron_patch.metrics.registry import Registry
+from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.slices import Block, SliceExchange, gradient_update_
 from megatron_patch.metrics.spectral import TopSingularValues
 from megatron_patch.metrics.views import Captured, CapturePoint, Group, LinearView, SublayerView, group_rank
@@ -115,15 +116,15 @@ class Meter:
         tensors = [*self._old.values(), *(c.inputs for c in captured)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, sample: Sample) -> None:
         """Attach the hooks; also when a forward pass is repeated.
 
         Args:
-            tokens: how many each data-parallel rank samples, the same number on all ranks.
+            sample: the tokens to look at, the same number on every data-parallel rank.
         """
         self._reset()
-        self._tokens = tokens
-        self.probes.attach()
+        self._tokens = sample.count
+        self.probes.attach(sample)
 
     def weight_norms(self) -> list[float]:
         """Return ‖W‖^2 of every line of the whole model; a collective call, between steps."""

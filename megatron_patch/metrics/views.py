@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_patch.metrics.sample import Sample
+
 Kind = Literal["column", "row", "replicated"]
 Group = dist.ProcessGroup | None
 """A process group; None = this rank alone."""
@@ -106,8 +108,8 @@ class Captured:
     """Tokens that each rank of the shard group sampled, where they are scattered over it."""
 
 
-Extract = Callable[[tuple[Any, ...], dict[str, Any], Any], Mapping[str, Captured]]
-"""From a module's positional and keyword arguments and its output to the sampled inputs by view name."""
+Extract = Callable[[Sample, tuple[Any, ...], dict[str, Any], Any], Mapping[str, Captured]]
+"""From the tokens to look at, and a module's positional and keyword arguments and output, to inputs by view name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,7 @@ class SublayerView:
     width: int
     """Length of input and output vectors."""
     module: torch.nn.Module
-    output: Callable[[Any], Tensor]
-    """From the module's output to the sampled tokens' output vectors, [B_loc, hidden]."""
+    output: Callable[[Sample, Any], Tensor]
+    """From the tokens to look at and the module's output to the sampled tokens' output vectors, [B_loc, hidden]."""
     counts_output: bool
     """False where a peer in the tensor-parallel group computes the same output."""

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from megatron_patch.metrics.derive import KEYS, METRICS, alignment_line, equilibrium_line, expert_means
+from megatron_patch.files.lines import EquilibriumLine, SublayerLine, keys
+from megatron_patch.metrics.derive import KEYS, alignment_line, equilibrium_line, expert_means, sublayer_line
 from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.metrics.views import Row
 from megatron_patch.theory.equilibrium import trajectory
@@ -12,7 +13,13 @@ from megatron_patch.theory.equilibrium import trajectory
 ROW = Row("layer", "column", fan_in=4, fan_out=9, m=2.0)
 # ‖W‖^2, ‖dW‖^2, ‖X‖^2, ‖W X‖^2, ‖dW X‖^2, tokens, lr, weight decay, top singular value
 SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0)
-UPDATE_KEYS = METRICS[1:3] + METRICS[4:7]
+UPDATE_KEYS = (
+    "update_norm",
+    "relative_update",
+    "update_alignment",
+    "alignment_ratio",
+    "relative_representation_change",
+)
 
 
 def test_metrics_are_ratios_of_the_reduced_sums() -> None:
@@ -88,3 +95,12 @@ def test_equilibrium_line_sets_measured_beside_predicted() -> None:
     assert result["predicted_relative_update"] == pytest.approx(0.2)
     assert result["equilibrium_relative_update"] == pytest.approx(math.sqrt(0.1 - 0.0025))
     assert result["normalised_top_singular_value"] == pytest.approx(3.0 / (math.sqrt(0.2) * 8))
+    assert tuple(result) == keys(EquilibriumLine)
+
+
+def test_sublayer_line_has_the_gain_between_what_it_is_made_of() -> None:
+    result = sublayer_line(10, "block", 4, (112.0, 7.0), SUMS)
+    assert tuple(result) == keys(SublayerLine) == ("iteration", "layer", "input_rms", "output_rms", "gain")
+    assert result["input_rms"] == pytest.approx(5 / math.sqrt(28))
+    assert result["output_rms"] == 2.0
+    assert result["gain"] == pytest.approx(2 / (5 / math.sqrt(28)))

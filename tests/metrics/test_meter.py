@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_patch.metrics.meter import SLOTS
-from megatron_patch.metrics.probes import sample_positions
+from megatron_patch.metrics.sample import sample_positions
 from tests.support.pool import Pool
 from tests.support.sharded_model import LAYERS, LR, SAMPLED, TOKENS, WEIGHT_DECAY, full_model, measure, part_of_rows
 

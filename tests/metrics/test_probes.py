@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.metrics.probes import Probes, Sample, sample_positions
+from megatron_patch.metrics.probes import Probes
+from megatron_patch.metrics.sample import Sample, sample_positions
 from megatron_patch.metrics.views import Captured, CapturePoint
 
 
@@ -43,19 +44,19 @@ def test_scattered_tokens_are_the_same_tokens(ranks: int) -> None:
 
 def test_only_the_first_call_counts_and_no_hook_is_left() -> None:
     module = torch.nn.Linear(2, 2)
-    point = CapturePoint(module, lambda args, kwargs, output: {"layer": Captured(args[0].clone())})
-    probes = Probes([point], [])
+    point = CapturePoint(module, lambda sample, args, kwargs, output: {"layer": Captured(args[0].clone())})
+    probes, sample = Probes([point], []), Sample(iteration=1, count=1)
     module(torch.zeros(1, 2))
     assert not module._forward_hooks
-    probes.attach()
+    probes.attach(sample)
     module(torch.ones(1, 2))
     assert not module._forward_hooks
     module(torch.full((1, 2), 5.0))
     assert probes.captured["layer"].inputs.tolist() == [[1.0, 1.0]]
-    probes.attach()  # forward and backward are repeated
+    probes.attach(sample)  # forward and backward are repeated
     assert not probes.captured
     module(torch.full((1, 2), 7.0))
     assert probes.captured["layer"].inputs.tolist() == [[7.0, 7.0]]
-    probes.attach()
+    probes.attach(sample)
     probes.detach()
     assert not module._forward_hooks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_patch.metrics.probes import sample_positions
+from megatron_patch.metrics.sample import sample_positions
 from tests.support.training import _sequence
 
 # Adam's first updates are nearly g / (|g| + eps). With the usual eps of 1e-8 they are the sign of the gradient, and

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_patch.metrics import meter as meter_module
 from megatron_patch.metrics import reduce
 from megatron_patch.metrics.meter import Meter
-from megatron_patch.metrics.probes import Sample
 from megatron_patch.metrics.registry import Registry
+from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, LinearView, MasterSlice, Row
 
 LR, WEIGHT_DECAY = 0.1, 0.1
@@ -167,7 +167,9 @@ def measure(
         views.append(view)
         module = torch.nn.Identity()
 
-        def extract(args: Any, kwargs: Any, output: Any, view: LinearView = view) -> dict[str, Captured]:
+        def extract(
+            sample: Sample, args: Any, kwargs: Any, output: Any, view: LinearView = view
+        ) -> dict[str, Captured]:
             x = args[0]
             where = (tp_rank, tp) if view.scattered else (0, 1)
             index, counts = sample.local(x.shape[0], x.device, *where)
@@ -178,7 +180,7 @@ def measure(
         points.append((CapturePoint(module, extract), x.float()))
     registry = Registry([row for view in views for row in view.rows], [], dist.group.WORLD)
     meter = Meter(views, [point for point, _ in points], [], registry, dist.group.WORLD, torch.device("cpu"))
-    meter.begin(SAMPLED)
+    meter.begin(sample)
     for point, x in points:
         point.module(x)
         point.module(torch.full_like(x, 1e9))  # later microbatches and recomputation must not count

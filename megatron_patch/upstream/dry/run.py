@@ -31,7 +31,7 @@ from megatron_patch.upstream.dry.machine import (
 from megatron_patch.upstream.flags import settings_from_args
 from megatron_patch.upstream.record import hyperparameter_table
 from megatron_patch.upstream.width.audit import audit_build
-from megatron_patch.upstream.width.parameters import describe
+from megatron_patch.upstream.width.parameters import belongs_to_expert, describe
 from megatron_patch.upstream.width.plan import config_overrides, make_plan
 
 ASSUMED_VOCABULARY = 32_000
@@ -341,7 +341,7 @@ def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Pos
             spec=p.spec,
             local_shape=tuple(p.parameter.shape),
             split=bool(getattr(p.parameter, "tensor_model_parallel", False)),
-            is_expert=".experts." in p.spec.name and ".shared_experts." not in p.spec.name,
+            is_expert=belongs_to_expert(p.spec.name),
             assumed=p.assumed,
             values=entries[p.spec.name],
         )

@@ -10,14 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.metrics.probes import Sample
-from megatron_patch.metrics.views import Captured, CapturePoint, Kind, LinearView, Row, group_rank, group_size
+from megatron_patch.metrics.sample import Sample
+from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
 from megatron_patch.upstream.monitor.experts import ExpertTokens, find_experts
 from megatron_patch.upstream.monitor.masters import Master
-from megatron_patch.upstream.width.parameters import NamedParameter, global_names
-
-SampleSource = Callable[[], Sample]
-"""Returns the sample of the iteration being measured."""
+from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,6 @@ def find_linears(
     config: Any,
     groups: Any,
     masters: Callable[[torch.nn.Parameter], Master],
-    sample: SampleSource,
     wanted: re.Pattern[str],
 ) -> Found:
     """Return the linear layers of this rank whose name, or that of one of their parts, matches.
@@ -62,7 +58,6 @@ def find_linears(
         config: the TransformerConfig.
         groups: Megatron's `parallel_state`.
         masters: where the fp32 weights of a parameter are.
-        sample: the tokens to look at.
         wanted: matched against line names by `search`.
 
     Raises:
@@ -95,12 +90,12 @@ def find_linears(
                 if master.param_group:
                     param_groups.update({row.layer: master.param_group for row in view.rows})
         for module, members in by_module.items():
-            points.append(CapturePoint(module, _extract(module, members, experts, sample)))
+            points.append(CapturePoint(module, _extract(module, members, experts)))
         monitored = {weight.moe_layer for members in by_module.values() for weight, _ in members}
         for local_name, module in chunk.named_modules():
             moe_layer = names.get(local_name, "").removesuffix(".router")
             if local_name.endswith(".router") and moe_layer in monitored and moe_layer in experts:
-                points.append(CapturePoint(module, _routing(experts[moe_layer], config, groups, sample)))
+                points.append(CapturePoint(module, _routing(experts[moe_layer], config, groups)))
     return Found(tuple(views), tuple(points), param_groups)
 
 
@@ -117,9 +112,9 @@ def _weights(
             if described.spec.role not in ("matrix", "output") and not is_output:
                 continue
             name = names[f"{local_name}.{key}"]
-            moe_layer, _, inside = name.partition(".experts.")
+            moe_layer = name.partition(".experts.")[0]
             number = re.search(r"(?:local_experts\.|weight)(\d+)", f"{local_name.partition('.experts.')[2]}.{key}")
-            if not inside or ".shared_experts." in name:
+            if not belongs_to_expert(name):
                 moe_layer, number = "", None
             yield _Weight(
                 name.removesuffix(".weight"),
@@ -266,20 +261,17 @@ def _part_sizes(parts: tuple[str, ...], fan_out: int, config: Any) -> tuple[int,
 
 
 def _extract(
-    module: torch.nn.Module,
-    members: Sequence[tuple[_Weight, LinearView]],
-    experts: Mapping[str, ExpertTokens],
-    sample: SampleSource,
-) -> Callable[[tuple[Any, ...], dict[str, Any], Any], dict[str, Captured]]:
-    def dense(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
+    module: torch.nn.Module, members: Sequence[tuple[_Weight, LinearView]], experts: Mapping[str, ExpertTokens]
+) -> Extract:
+    def dense(sample: Sample, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
         view = members[0][1]
         tokens = _first_argument(args, kwargs).detach()
         tokens = tokens.reshape(-1, tokens.shape[-1])
         where = (group_rank(view.shard_group), group_size(view.shard_group)) if view.scattered else (0, 1)
-        index, counts = sample().local(tokens.shape[0], tokens.device, *where)
+        index, counts = sample.local(tokens.shape[0], tokens.device, *where)
         return {view.name: Captured(_normalised(module, tokens[index]), counts)}
 
-    def routed(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
+    def routed(sample: Sample, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
         tokens = _first_argument(args, kwargs).detach()
         tokens = tokens.reshape(-1, tokens.shape[-1])
         pieces = [tokens]
@@ -325,16 +317,14 @@ def _normalised(module: Any, tokens: Tensor) -> Tensor:
     return normed.to(tokens.dtype)
 
 
-def _routing(
-    experts: ExpertTokens, config: Any, groups: Any, sample: SampleSource
-) -> Callable[[tuple[Any, ...], dict[str, Any], Any], dict[str, Captured]]:
+def _routing(experts: ExpertTokens, config: Any, groups: Any) -> Extract:
     """Return what hears from a router which experts the sampled tokens go to."""
     tp_group = groups.get_tensor_model_parallel_group()
     where = (group_rank(tp_group), group_size(tp_group)) if config.sequence_parallel else (0, 1)
 
-    def extract(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
+    def extract(sample: Sample, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
         _, routing_map = output
-        index, counts = sample().local(routing_map.shape[0], routing_map.device, *where)
+        index, counts = sample.local(routing_map.shape[0], routing_map.device, *where)
         experts.route(routing_map, index, max(counts))
         return {}
 

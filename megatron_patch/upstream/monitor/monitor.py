@@ -1,8 +1,8 @@
 """The metrics in Megatron's training step: when to measure, and where the results go."""
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,34 +10,42 @@ import torch.distributed as dist
 
 from megatron_patch.config import MetricsConfig
 from megatron_patch.errors import ConfigError
-from megatron_patch.files.json_lines import JsonLines
-from megatron_patch.files.lines import CheckLine, read_lines
-from megatron_patch.metrics.alarm import FILE, TransferCheck, collapsed, read_proxy, rules_of
-from megatron_patch.metrics.derive import (
-    METRICS,
-    alignment_line,
-    equilibrium_line,
-    expert_means,
-    sublayer_line,
-)
+from megatron_patch.metrics.alarm import rules_of
 from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.metrics.meter import Meter
-from megatron_patch.metrics.probes import Sample
 from megatron_patch.metrics.registry import Registry, Sublayer
+from megatron_patch.metrics.reporter import Measured, Reporter, open_alarm, open_files
+from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import group_size
-from megatron_patch.metrics.writers import log_scalars, scalars
+from megatron_patch.metrics.writers import log_scalars
 from megatron_patch.upstream.monitor.linears import find_linears
 from megatron_patch.upstream.monitor.masters import find_masters, live_hyperparameters
 from megatron_patch.upstream.monitor.sublayers import find_sublayers
 from megatron_patch.upstream.refusals import check_supported
 from megatron_patch.upstream.width.parameters import NamedParameter
 
-_EQUILIBRIUM_METRICS = (
-    "weight_rms",
-    "predicted_weight_rms",
-    "predicted_relative_update",
-    "normalised_top_singular_value",
-)
+
+@dataclass(frozen=True)
+class _Step:
+    """What is known of one step of the optimizer; by default of one in which nothing is measured."""
+
+    iteration: int = 0
+    """1-based."""
+    spectral: bool = False
+    sample: Sample | None = None
+    """The tokens to look at, where alignment is measured."""
+    hyperparameters: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Learning rate and weight decay by param group, known right before the update."""
+
+    @property
+    def alignment(self) -> bool:
+        """Whether alignment is measured."""
+        return self.sample is not None
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything is."""
+        return self.alignment or self.spectral
 
 
 class AlignmentMonitor:
@@ -76,16 +84,12 @@ class AlignmentMonitor:
         self._settings = settings
         self._args = args
         self._optimizer = optimizer
-        self._sample: Sample | None = None
-        self._iteration = 0
+        self._step = _Step()
         self._last_spectral = args.iteration
-        self._alignment = self._spectral = False
         config = get_model_config(model[0])
         wanted = re.compile(settings.alignment_layers)
-        found = find_linears(
-            model, parameters, config, parallel_state, find_masters(optimizer), self._current_sample, wanted
-        )
-        sublayers = find_sublayers(model, found.views, config, parallel_state, self._current_sample)
+        found = find_linears(model, parameters, config, parallel_state, find_masters(optimizer), wanted)
+        sublayers = find_sublayers(model, found.views, config, parallel_state)
         world = dist.group.WORLD
         self._registry = Registry(
             [row for view in found.views for row in view.rows],
@@ -103,17 +107,7 @@ class AlignmentMonitor:
         device = next(parameter for chunk in model for parameter in chunk.parameters()).device
         self._meter = Meter(found.views, found.points, sublayers, self._registry, world, device)
         self.forecast = NormForecast(self._param_groups(found.param_groups), self._weight_rms())
-        self._transfer: tuple[TransferCheck, JsonLines] | None = None
-        self._is_writer = args.rank == args.world_size - 1
-        self._files: tuple[JsonLines, JsonLines, JsonLines] | None = None
-        if self._is_writer and settings.directory is not None:
-            alignment, equilibrium, gains = (
-                JsonLines(f"{settings.directory}/{name}.jsonl", args.iteration)
-                for name in ("alignment", "equilibrium", "sublayers")
-            )
-            self._files = alignment, equilibrium, gains
-            if settings.reference_run is not None:
-                self._transfer = self._transfer_check(settings.reference_run, settings.directory)
+        self._reporter = self._make_reporter() if args.rank == args.world_size - 1 else None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -127,25 +121,23 @@ class AlignmentMonitor:
 
     def begin_step(self) -> None:
         """Start a forward and backward pass; `args.curr_iteration` is the number of the step, from 0."""
-        self._iteration = self._args.curr_iteration + 1
-        settings = self._settings
-        self._alignment = _due(self._iteration, settings.alignment_interval)
-        self._spectral = _due(self._iteration, settings.spectral_interval)
-        if self._alignment:
-            self._sample = Sample(self._iteration, self._token_count())
-            self._meter.begin(self._sample.count)
+        iteration, settings = self._args.curr_iteration + 1, self._settings
+        sample = Sample(iteration, self._token_count()) if _due(iteration, settings.alignment_interval) else None
+        self._step = _Step(iteration, _due(iteration, settings.spectral_interval), sample)
+        if sample is not None:
+            self._meter.begin(sample)
 
     def before_update(self) -> None:
         """Use the weights of this step while they are there; call it right before the optimizer's step."""
-        self._hyperparameters = live_hyperparameters(self._optimizer)
-        if self._spectral:
+        step = self._step = replace(self._step, hyperparameters=live_hyperparameters(self._optimizer))
+        if step.spectral:
             # Singular vectors are not in checkpoints: a resumed run has none, so an undisturbed one drops them too.
             every = self._args.save_interval if self._args.save else None
-            if every and (self._iteration - 1) // every > (self._last_spectral - 1) // every:
+            if every and (step.iteration - 1) // every > (self._last_spectral - 1) // every:
                 self._meter.forget_singular_vectors()
-            self._last_spectral = self._iteration
-        if self._alignment or self._spectral:
-            self._meter.before_update(self._alignment, self._spectral)
+            self._last_spectral = step.iteration
+        if step.measured:
+            self._meter.before_update(step.alignment, step.spectral)
 
     def after_update(self, succeeded: bool) -> None:
         """Measure the update and write; call it right after the optimizer's step.
@@ -153,84 +145,40 @@ class AlignmentMonitor:
         Args:
             succeeded: whether the optimizer of this rank made the step (it skips one at an overflow).
         """
-        if self._alignment or self._spectral:
+        step, self._step = self._step, _Step()
+        if step.measured:
             table, sublayers, skipped = self._meter.after_update(succeeded)
-            if self._is_writer:
-                self._write(table.tolist(), sublayers.tolist(), not skipped)
-        self._alignment = self._spectral = False
+            if self._reporter is not None:
+                measured = Measured(
+                    step.iteration, step.alignment, step.spectral, not skipped, table.tolist(), sublayers.tolist()
+                )
+                self._reporter.report(measured, self.forecast)
         if succeeded:
-            self.forecast.step(self._hyperparameters)
+            self.forecast.step(step.hyperparameters)
 
-    def _write(self, table: list[list[float]], sublayer_table: list[list[float]], updated: bool) -> None:
-        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
-        registry = self._registry
-        every = [
-            alignment_line(self._iteration, row, sums, self._alignment, self._spectral, updated)
-            for row, sums in zip(registry.rows, table, strict=True)
-        ]
-        kept = [(r, line) for r, line, wanted in zip(registry.rows, every, self._lines_wanted, strict=True) if wanted]
-        lines = [line for _, line in kept]
-        equilibrium = [equilibrium_line(line, self.forecast, self._args.hidden_size) for line in lines]
-        lines += expert_means([row for row, _ in kept], lines)
-        gains = []
-        if self._alignment:
-            gains = [
-                sublayer_line(self._iteration, s.name, s.width, sums, table[registry.row_index[s.input_row]])
-                for s, sums in zip(registry.sublayers, sublayer_table, strict=True)
-            ]
-        if self._files is not None:
-            for file, content in zip(self._files, (lines, equilibrium, gains), strict=True):
-                file.write(content)
-        values = {
-            **scalars(lines, METRICS),
-            **scalars(equilibrium, _EQUILIBRIUM_METRICS),
-            **{f"sublayer_gain/{line['layer']}": line["gain"] for line in gains if line["gain"] is not None},
-        }
-        log_scalars(values, self._iteration, get_tensorboard_writer(), get_wandb_writer())
-
-        if self._transfer is not None and self._alignment:
-            check, file = self._transfer
-            compared = check.compare(lines)
-            file.write(compared)
-            if warning := check.warning(compared):
-                print(warning, flush=True)
-
-    def _transfer_check(self, folder: str, directory: str) -> tuple[TransferCheck, JsonLines]:
-        """Return the comparison with the proxy whose metrics folder is `folder`, and the file for it in `directory`.
+    def _make_reporter(self) -> Reporter:
+        """Return what writes, on the one rank that does.
 
         Raises:
-            ConfigError: the folder cannot be read, or holds no layer of this model.
-            OSError: the file cannot be written.
+            ConfigError: the proxy's folder cannot be read, or holds no layer of this model.
+            OSError: a file cannot be written.
         """
-        settings, args = self._settings, self._args
-        proxy, path = read_proxy(folder), os.path.join(directory, FILE)
-        file = JsonLines(path, args.iteration)
-        check = TransferCheck(
-            proxy,
-            rules_of(vars(args)),
-            args.train_iters,
-            settings.reference_factor,
-            settings.reference_count,
-            earlier=read_lines(path, CheckLine, []),
-        )
-        missing = check.unmatched(self.layers)
-        if len(missing) == len(self.layers):
-            raise ConfigError(
-                "--reference-run",
-                folder,
-                f"a run in which a layer of this model was measured, {self.layers[0]} for one",
-                "give the run of a proxy of the same architecture",
-            )
-        compared = f"{len(self.layers) - len(missing)} layers with {folder}, factor {settings.reference_factor:g}"
-        print(f"> transfer check: {compared}, {settings.reference_count} times in a row", flush=True)
-        if missing:
-            print(f"> transfer check: no counterpart for {', '.join(collapsed(missing))}", flush=True)
-        return check, file
-
-    def _current_sample(self) -> Sample:
-        assert self._sample is not None, "a hook is attached outside a measured iteration"
-        return self._sample
+        settings, args, directory = self._settings, self._args, self._settings.directory
+        files = alarm = None
+        if directory is not None:
+            files = open_files(directory, args.iteration)
+            if settings.reference_run is not None:
+                alarm = open_alarm(
+                    settings.reference_run,
+                    directory,
+                    self.layers,
+                    rules_of(vars(args)),
+                    args.train_iters,
+                    args.iteration,
+                    settings.reference_factor,
+                    settings.reference_count,
+                )
+        return Reporter(self._registry, self._lines_wanted, args.hidden_size, _log, files, alarm)
 
     def _token_count(self) -> int:
         """Return how many tokens to look at on each data-parallel rank."""
@@ -257,6 +205,13 @@ class AlignmentMonitor:
             row.layer: (square / (row.fan_in * row.fan_out)) ** 0.5
             for row, square in zip(self._registry.rows, squares, strict=True)
         }
+
+
+def _log(values: Mapping[str, float], iteration: int) -> None:
+    """Give values to the writers that Megatron has opened by now."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    log_scalars(values, iteration, get_tensorboard_writer(), get_wandb_writer())
 
 
 def _due(iteration: int, interval: int) -> bool:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import LinearView, SublayerView, group_rank, group_size
-from megatron_patch.upstream.monitor.linears import SampleSource
 from megatron_patch.upstream.width.parameters import global_names
 
 _FIRST_LINEAR = re.compile(
@@ -17,7 +17,7 @@ _FIRST_LINEAR = re.compile(
 
 
 def find_sublayers(
-    model: Sequence[Any], views: Iterable[LinearView], config: Any, groups: Any, sample: SampleSource
+    model: Sequence[Any], views: Iterable[LinearView], config: Any, groups: Any
 ) -> tuple[SublayerView, ...]:
     """Return the blocks of this rank whose first linear layer is monitored.
 
@@ -29,7 +29,6 @@ def find_sublayers(
         views: the monitored layers of this rank.
         config: the TransformerConfig.
         groups: Megatron's `parallel_state`.
-        sample: the tokens to look at.
     """
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -53,18 +52,18 @@ def find_sublayers(
                             input_row=firsts[0].rows[0].layer,
                             width=firsts[0].rows[0].fan_in,
                             module=getattr(layer, block),
-                            output=_output(sample, (shard, shards) if scattered else (0, 1)),
+                            output=_output((shard, shards) if scattered else (0, 1)),
                             counts_output=scattered or shard == 0,
                         )
                     )
     return tuple(found)
 
 
-def _output(sample: SampleSource, where: tuple[int, int]) -> Callable[[Any], Tensor]:
-    def read(result: Any) -> Tensor:
+def _output(where: tuple[int, int]) -> Callable[[Sample, Any], Tensor]:
+    def read(sample: Sample, result: Any) -> Tensor:
         output, bias = result if isinstance(result, tuple) else (result, None)
         flat = output.detach().reshape(-1, output.shape[-1])
-        index, _ = sample().local(flat.shape[0], flat.device, *where)
+        index, _ = sample.local(flat.shape[0], flat.device, *where)
         picked: Tensor = flat[index].float()
         return picked if bias is None else picked + bias.detach().float()
 

@@ -155,6 +155,17 @@ def role_of(name: str, parameter: torch.nn.Parameter) -> Role:
     return "matrix"
 
 
+def belongs_to_expert(name: str) -> bool:
+    """Return whether a parameter is that of one routed expert, by its global name; shared experts are dense layers.
+
+    >>> belongs_to_expert("decoder.layers.0.mlp.experts.linear_fc1.weight5")
+    True
+    >>> belongs_to_expert("decoder.layers.0.mlp.shared_experts.linear_fc1.weight")
+    False
+    """
+    return ".experts." in name and ".shared_experts." not in name
+
+
 def is_convolution(name: str) -> bool:
     """Return whether a weight is that of a Mamba or linear-attention layer's convolution over time.
 
@@ -194,10 +205,9 @@ def describe(
             if getattr(parameter, "shared_embedding", False):
                 # The last stage's copy of a tied word embedding: one parameter in the whole model.
                 name = name.replace("output_layer.", "embedding.word_embeddings.")
-            is_expert = ".experts." in name and ".shared_experts." not in name
             tp = (
                 groups.get_expert_tensor_parallel_world_size()
-                if is_expert
+                if belongs_to_expert(name)
                 else (groups.get_tensor_model_parallel_world_size())
             )
             shape = _global_shape(parameter, tp)

@@ -135,7 +135,7 @@ def test_a_skipped_update_is_null_on_every_line(pool: Pool, tmp_path: Path) -> N
 def test_sublayer_gain_is_that_of_the_reference(
     pool: Pool, tmp_path: Path, model: Model, ranks: int, flags: tuple[str, ...]
 ) -> None:
-    from megatron_patch.metrics.probes import sample_positions
+    from megatron_patch.metrics.sample import sample_positions
 
     pool.run(train, ranks=ranks, argv=[*TINY, *model.flags(), *flags], steps=1, hooks=Monitored(str(tmp_path)))
     reference = Reference(model)

@@ -76,7 +76,7 @@ class Witness(Monitored):
         """Return by layer the metrics from the masters, and ‖dW‖ from the difference of the weights themselves."""
         import torch
 
-        from megatron_patch.metrics.probes import sample_positions
+        from megatron_patch.metrics.sample import sample_positions
 
         lr, decay = run.args.lr, run.args.weight_decay
         answer = {}
