@@ -4,6 +4,8 @@ A `ConfigError` is printed as one line on rank 0 and ends the process with exit 
 Programming errors stay plain exceptions with their tracebacks.
 """
 
+from enum import IntEnum
+
 
 class MegatronPatchError(Exception):
     """Base of all errors this package raises on purpose."""
@@ -39,3 +41,19 @@ class UpstreamChanged(MegatronPatchError):
 
 class AuditError(MegatronPatchError):
     """The live optimizer does not hold the learning rate, weight decay or eps that the rule gives a parameter."""
+
+
+class Refused(MegatronPatchError):
+    """Nothing is wrong with what the user typed, but what was asked for would not be worth having."""
+
+
+class ExitCode(IntEnum):
+    """How a command ended; a script in `run` that ends by itself keeps its own."""
+
+    DONE = 0
+    FAILED = 1
+    """Some of the runs that a sweep started have failed."""
+    MISTAKE = 2
+    """Something that a user can mend, told in one line."""
+    REFUSED = 3
+    INTERRUPTED = 130

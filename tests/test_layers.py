@@ -64,11 +64,11 @@ FLOORS = {
     ),
     "entry": Floor(
         "the commands",
-        "version errors theory files upstream report",
+        "version errors theory files config upstream data sweep transfer report",
         "rich",
     ),
 }
-SCRIPTS = "errors theory files config data fit runs sweep transfer report entry"
+SCRIPTS = "entry"
 """What the scripts in tools/ may import; one in launch/ is an ordinary Megatron script, as anybody's own is."""
 MEGATRON_SCRIPT = "launch/pretrain_gpt.py"
 # The one place that runs before the flags are known, and the one that runs when they are: which hooks a run needs is

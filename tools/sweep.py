@@ -1,52 +1,8 @@
 """Train a grid of models, or what a sampler chooses, resumably and with any launcher; see docs/sweep.md."""
 
-import argparse
-import signal
 import sys
 
-from megatron_patch.errors import ConfigError
-from megatron_patch.sweep.engine import run_sweep
-from megatron_patch.sweep.file import read_sweep
-from megatron_patch.sweep.preview import show_sweep
-
-EXAMPLE = """example:
-  python tools/sweep.py configs/sweep_example.yaml --dry-run
-  python tools/sweep.py configs/sweep_example.yaml --workers 2
-trains each trial in OUTPUT/trials/NAME and writes OUTPUT/trials.csv; after Ctrl-C or a crash go on with --resume.
-exit code: 0 all trials finished or diverged, 1 some failed, 2 a mistake in the sweep file, 130 interrupted"""
-RESUME = "go on with a sweep that was begun, or help another process with it; trials that failed are trained again"
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    result = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = result.add_argument
-    add("sweep", metavar="SWEEP.yaml", help="base config, axes and output of the sweep")
-    add("--workers", type=int, default=1, metavar="N", help="trials to run at a time; default: %(default)s")
-    add("--resume", action="store_true", help=RESUME)
-    add("--dry-run", action="store_true", help="print the trials and their commands; write nothing")
-    return result
-
-
-def main() -> int:
-    """Run the tool and return its exit code."""
-    args = parser().parse_args()
-    try:
-        file = read_sweep(args.sweep)
-        if args.dry_run:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-            show_sweep(file)
-            return 0
-        return run_sweep(file, workers=args.workers, resume=args.resume)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was started", file=sys.stderr)
-        return 130
-
+from megatron_patch.entry.sweep import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -51,7 +51,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         model.LoadFromFile(path)
     except (OSError, RuntimeError, ValueError):
         expected = "a sentencepiece model" if os.path.exists(path) else "an existing file or folder"
-        raise ConfigError("--tokenizer-model", path, expected, "make one with tools/train_tokenizer.py") from None
+        raise ConfigError("--tokenizer-model", path, expected, "make one with megatron-patch tokenizer") from None
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         encoded: list[np.ndarray] = model.encode(texts, return_type="numpy", num_threads=1)

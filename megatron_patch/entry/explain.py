@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_patch.entry.exits import exit_code
 from megatron_patch.entry.run import DEFAULT_SCRIPT, asked_for, first_on_path, megatron_arguments, split_command_line
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import load_yaml
 
 if TYPE_CHECKING:
@@ -41,11 +42,8 @@ def explain(argv: Sequence[str]) -> None:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return
-    try:
-        _explain(argv)
-    except MegatronPatchError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    if code := exit_code(lambda: _explain(argv)):
+        sys.exit(code)
 
 
 def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -10,7 +10,8 @@ from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.entry.exits import exit_code
+from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import flag_name, load_yaml
 
 if TYPE_CHECKING:
@@ -177,12 +178,8 @@ def megatron_arguments(
 
 def run(argv: Sequence[str]) -> None:
     """Run what ``python -m megatron_patch run`` was given; exits the process with code 2 on a user's mistake."""
-    try:
-        _run(argv)
-    except MegatronPatchError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    if code := exit_code(lambda: _run(argv), speaks=int(os.environ.get("RANK", "0")) == 0):
+        sys.exit(code)
 
 
 def _run(argv: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_patch.errors import MegatronPatchError
+from megatron_patch.errors import Refused
 from megatron_patch.fit.seeds import aligned, informative
 from megatron_patch.fit.surface import Surface, fit, outliers
 from megatron_patch.runs.trial import Trial
@@ -93,7 +93,7 @@ class Ridge:
         return self.across >= RIDGE * self.along
 
 
-class NoOptimum(MegatronPatchError):
+class NoOptimum(Refused):
     """A sweep that does not tell its optimum.
 
     Args:

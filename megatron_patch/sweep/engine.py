@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, ExitCode
 from megatron_patch.files.run_json import RUN_JSON
 from megatron_patch.files.whole import write_text
 from megatron_patch.runs.trial import to_csv
@@ -280,8 +280,8 @@ class _Engine:
         else:
             what = f"{ended} submitted ones go on"
         print(f"interrupted: {self.progress.done} of {self.source.total} trials are done; {what}", file=sys.stderr)
-        print(f"go on with: python tools/sweep.py {self.file.path} --resume", file=sys.stderr)
-        return 130
+        print(f"go on with: megatron-patch sweep {self.file.path} --resume", file=sys.stderr)
+        return ExitCode.INTERRUPTED
 
     def _summary(self) -> int:
         counts = self.progress.counts
@@ -298,4 +298,4 @@ class _Engine:
             print(f"failed: {name} ({self.outcomes[name].reason}); see {self.file.output}/trials/{name}/log.txt")
         if failed:
             print(f"{len(failed)} failed; --resume trains them again", file=sys.stderr)
-        return 1 if failed or self.progress.done < self.source.total else 0
+        return ExitCode.FAILED if failed or self.progress.done < self.source.total else ExitCode.DONE

@@ -67,7 +67,7 @@ def convert(
         plan = replace(plan, warnings=(*plan.warnings, WANDB_NOTE))
     with open(target, encoding="utf-8", newline="") as file:
         text = file.read()
-    title = f"Added by tools/transfer_config.py, from the sweep {' '.join(sweep.split())}:"
+    title = f"Added by megatron-patch transfer, from the sweep {' '.join(sweep.split())}:"
     new = edit(target, text, plan.changes, title)
     if as_json:
         print(json.dumps(plan.as_json(), allow_nan=False))

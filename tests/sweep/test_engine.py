@@ -244,7 +244,7 @@ def test_interrupted(sweep: Folder, number: signal.Signals) -> None:
     code, _, err = finish(process)
     assert code == 130
     assert "interrupted: 1 of 4 trials are done; 2 running were ended and removed, to be trained from the start" in err
-    assert f"go on with: python tools/sweep.py {sweep.path}/sweep.yaml --resume" in err
+    assert f"go on with: megatron-patch sweep {sweep.path}/sweep.yaml --resume" in err
     assert not any(alive(pid) for pid in pids)
     assert sweep.statuses() == {"lr=0.25": "finished"}
     assert not list(sweep.out.rglob("*.tmp"))
