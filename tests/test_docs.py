@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.version import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_patch"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -80,6 +82,10 @@ def test_a_run_is_called_a_run(page: Path) -> None:
     """The glossary of docs/architecture.md; the line that forbids the other word may name it."""
     text = page.read_text().replace('Not "a training"', "")
     assert re.findall(r"\b(?:a training(?! run| step| loss| set)\b|\w+ trainings\b)", text) == []
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_what_is_gone_is_found() -> None:
