@@ -4,6 +4,7 @@
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
 # make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
+# make docs         the pages of docs/ with the API, as a site in site/; fails on a link that leads nowhere
 # make lint bench   what their names say
 # Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test sweep-example test-te test-core test-megatron lint bench clean
+.PHONY: setup quickstart test sweep-example test-te test-core test-megatron lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -47,9 +48,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: setup
 	$(BIN)/python benchmarks/patch_overhead.py
 	$(BIN)/python benchmarks/alignment_cost.py
 
 clean:
-	rm -rf $(VENV) .venv-te .venv-core-*
+	rm -rf site $(VENV) .venv-te .venv-core-*
