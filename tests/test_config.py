@@ -19,6 +19,7 @@ from megatron_patch.config import BASE_DIMENSIONS, Settings, WarmupConfig, Width
 from megatron_patch.errors import ConfigError
 from megatron_patch.theory.width import ROLES, RULES, Rule, multipliers
 from megatron_patch.upstream import flags
+from tests.support.flags import parser
 from tests.support.pool import Pool
 
 # The table of the interface, which is fixed: a new flag is a decision, to be made there first.
@@ -61,11 +62,6 @@ FLAGS = {
 
 SQRT = "--width-scaling sqrt --base-hidden-size 32"
 CUSTOM = "--width-scaling custom --base-hidden-size 32"
-
-
-def parser() -> argparse.ArgumentParser:
-    """A parser with our flags alone."""
-    return flags.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def namespace(argv: str | list[str], **megatron: Any) -> argparse.Namespace:

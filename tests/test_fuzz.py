@@ -28,11 +28,11 @@ from megatron_patch.runs.run import read_run
 from megatron_patch.runs.trial import COLUMNS
 from megatron_patch.sweep.axes import safe_name
 from megatron_patch.upstream import flags
-from tests.entry.test_run import commands
+from tests.support.commands import commands
+from tests.support.flags import parser
 from tests.support.pool import ROOT, Pool
 from tests.support.run_folders import write_events, write_hyperparameters, write_metrics, write_record
 from tests.support.training import TINY
-from tests.test_config import parser
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 

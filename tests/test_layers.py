@@ -284,3 +284,22 @@ def test_every_breach_is_found(path: str, source: str, complaint: str) -> None:
 )
 def test_what_is_allowed_is_not_found(path: str, source: str) -> None:
     assert breaches(path, source) == []
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several tests need is in tests/support, so that a test file can be moved, split or dropped alone."""
+    modules = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(modules) > 50
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                parts = name.split(".")
+                # tests.unit_tests are Megatron's own
+                if parts[0] != "tests" or parts[1] == "unit_tests":
+                    continue
+                assert not any(part.startswith("test_") for part in parts), f"{path}: {name}"

@@ -15,10 +15,10 @@ import megatron_patch
 from megatron_patch.errors import UpstreamChanged
 from megatron_patch.upstream.cpu import platform as cpu_platform
 from megatron_patch.upstream.cpu.platform import cpu_arguments
-from tests.entry.test_run import commands
+from tests.support.commands import commands
 from tests.support.pool import ROOT, Pool
+from tests.support.symbols import ENTRY, symbols
 from tests.support.training import TINY, Hooks, Run, train
-from tests.upstream.test_default_off import ENTRY, symbols
 
 SQRT = ["--width-scaling", "sqrt", "--base-hidden-size", "8"]
 METRICS = ["--alignment-interval", "2"]

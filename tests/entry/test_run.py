@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.entry import run as run_module
 from megatron_patch.entry.run import (
     DEFAULT_SCRIPT,
     USAGE,
@@ -26,6 +24,7 @@ from megatron_patch.entry.run import (
 )
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import load_yaml
+from tests.support.commands import Ended, commands
 from tests.support.pool import ROOT, Pool
 
 # --- the words after `run` -------------------------------------------------------------------------------------------
@@ -434,45 +433,6 @@ def test_any_values_of_megatrons_flags(pool: Pool, tmp_path: Path) -> None:
 
 
 # --- whole commands --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Ended:
-    """How a command ended: its exit code, the exception that came through, and what it printed."""
-
-    code: Any
-    error: str
-    out: str
-    err: str
-
-
-def commands(argvs: Sequence[Sequence[str]], cwd: str, environment: dict[str, str] | None = None) -> list[Ended]:
-    """In a worker: what each of several ``python -m megatron_patch run ...`` does, in a process of its own."""
-    import pickle
-
-    os.chdir(cwd)
-    os.environ.update(environment or {})
-    ended = []
-    for argv in argvs:
-        reader, writer = os.pipe()
-        if os.fork() == 0:
-            out, err, code, error = io.StringIO(), io.StringIO(), 0, ""
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                try:
-                    run_module.run(argv)
-                except SystemExit as stop:
-                    code = stop.code
-                except BaseException as other:
-                    error = f"{type(other).__module__}.{type(other).__name__}: {other}"
-                    sys.excepthook(type(other), other, other.__traceback__)  # as python does where nobody catches it
-            with os.fdopen(writer, "wb") as pipe:
-                pickle.dump(Ended(code, error, out.getvalue(), err.getvalue()), pipe)
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            ended.append(pickle.load(pipe))  # noqa: S301 - our own child wrote it
-        os.wait()
-    return ended
 
 
 # What a Megatron script does first; it then shows what it was given.

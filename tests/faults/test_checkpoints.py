@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faulty import FLAGS, LAST, LINES, SAVED, Patched, iterations, metrics
+from tests.support.faulty import FLAGS, LAST, LINES, SAVED, iterations, metrics
 from tests.support.monitored import read_lines
 from tests.support.pool import Pool, RankFailure
-from tests.support.training import TINY, Hooks, Outcome, train
+from tests.support.training import TINY, Hooks, Outcome, Patched, train
 
 PLAIN = [*TINY, "--weight-decay", "2", "--train-iters", str(LAST)]
 SAVE = ["--save-interval", str(SAVED), "--ckpt-format", "torch_dist"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.faulty import LAST, SAVED, Killed, Patched, assert_same_end, iterations, start
+from tests.support.faulty import LAST, SAVED, Killed, assert_same_end, iterations, start
 from tests.support.pool import Pool, RankFailure
-from tests.support.training import Outcome, Run
+from tests.support.training import Outcome, Patched, Run
 
 FULL = 4  # the iteration from which there is no room, and
 ROOM = 6  # from which there is again

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.faulty import LAST, Patched, assert_same_records, iterations, metrics, start, tracker
+from tests.support.faulty import LAST, assert_same_records, iterations, metrics, start, tracker
 from tests.support.monitored import read_lines
 from tests.support.pool import Pool
-from tests.support.training import Outcome, Run
+from tests.support.training import Outcome, Patched, Run
 
 STOPPED = 5  # not one of the iterations after which a checkpoint is due
 

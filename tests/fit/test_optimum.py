@@ -2,38 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from megatron_patch.fit.optimum import NoOptimum, Optimum, fit_lr, fit_lr_weight_decay
 from megatron_patch.runs.trial import Trial
-
-SHAPES: dict[str, Callable[[float], float]] = {
-    "parabola": lambda d: 0.05 * d**2,
-    "exponential": lambda d: 0.2 * (math.exp(0.5 * d) - 1 - 0.5 * d),  # three times as steep two octaves above
-    "saturating": lambda d: 0.1 * math.log(math.cosh(1.2 * d)),
-    "kinked": lambda d: 0.03 * d**2 * (1 + 0.8 * max(d, 0)),
-}
-OPTIMUM = -6.3
-
-
-def curve(
-    shape: str = "parabola",
-    lrs: Sequence[float] = range(-9, -2),
-    seeds: int = 1,
-    noise: float = 0.0,
-    at: float = OPTIMUM,
-    generator: np.random.Generator | None = None,
-) -> list[Trial]:
-    """Trials at 2^lrs around an optimum at 2^at."""
-    generator = generator or np.random.default_rng(0)
-    return [
-        Trial(32, 2.0**x, 3 + SHAPES[shape](x - at) + noise * generator.normal(), seed=s)
-        for x in lrs
-        for s in range(seeds)
-    ]
+from tests.support.planted import OPTIMUM, SHAPES, curve, surface
 
 
 def with_loss(trial: Trial, loss: float) -> Trial:
@@ -162,23 +138,6 @@ def test_a_refusal_has_the_best_point() -> None:
     partial = refused(curve(lrs=range(-10, -6))).partial
     assert isinstance(partial, Optimum)
     assert partial.lr == 2**-7 and math.isnan(partial.curvature)
-
-
-def surface(
-    along: float = 0.01, noise: float = 0.0, lrs: Sequence[int] = range(-9, -2), decays: Sequence[int] = range(-4, 3)
-) -> list[Trial]:
-    """A ridge along LR * weight decay = 2^-7.3 with its lowest point at LR 2^-6.15, weight decay 2^-1.15."""
-    generator = np.random.default_rng(2)
-    return [
-        Trial(
-            32,
-            2.0**x,
-            3 + 0.05 * (x + z + 7.3) ** 2 + along * (x - z + 5) ** 2 + noise * generator.normal(),
-            weight_decay=2.0**z,
-        )
-        for x in lrs
-        for z in decays
-    ]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.003])

@@ -1,7 +1,6 @@
 """The report card against sweeps whose optima are known: parabolas in log2 of the LR, without noise."""
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -11,28 +10,7 @@ from hypothesis import strategies as st
 from megatron_patch.fit.curves import Curve, is_sweep, label, study
 from megatron_patch.fit.report_card import Grade, Shift, report_card, verdict, verdicts
 from megatron_patch.runs.trial import DIVERGED, Trial
-
-BEND = 0.1
-"""Second derivative of every curve, nats per octave squared."""
-PROXY = -6.5
-"""log2 of the proxy's optimal LR."""
-GRID = range(-10, -3)
-
-
-def curve(
-    rule: str,
-    width: int,
-    optimum: float,
-    lowest: float = 3.0,
-    grid: Iterable[float] = GRID,
-    noise: Callable[[float], float] = lambda x: 0.0,
-    **settings: object,
-) -> list[Trial]:
-    """The trials of one rule and width with the loss `lowest + BEND / 2 (log2 LR - optimum)^2`."""
-    return [
-        Trial(width, 2.0**x, lowest + BEND / 2 * (x - optimum) ** 2 + noise(x), rule=rule, **settings)  # type: ignore[arg-type]
-        for x in grid
-    ]
+from tests.support.parabolas import BEND, GRID, PROXIES, PROXY, curve
 
 
 def card(*curves: list[Trial]) -> dict[str, Grade]:
@@ -40,9 +18,6 @@ def card(*curves: list[Trial]) -> dict[str, Grade]:
     grades = report_card(study([trial for trials in curves for trial in trials]))
     assert len({g.curve.hidden_size for g in grades}) == 1
     return {g.label: g for g in grades}
-
-
-PROXIES = curve("none", 32, PROXY, 3.5)
 
 
 @settings(max_examples=8, deadline=None)

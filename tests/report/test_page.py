@@ -2,14 +2,11 @@
 
 import dataclasses
 import doctest
-import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
@@ -26,55 +23,10 @@ from megatron_patch.report.svg import svg
 from megatron_patch.runs.run import Run, read_runs
 from megatron_patch.runs.tensorboard import Series
 from tests.support.browser import inspect, needs_chromium
+from tests.support.report_page import Page, number, values_of
 from tests.support.run_folders import LAYERS, STEPS, alignment_line, lr_factor, train_loss, write_record, write_run
 
 Tool = Callable[..., int]
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Collects what is in a page; fails on tags that do not match and on ids that are not unique."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tables: list[list[list[tuple[str, str | None]]]] = []  # tables of rows of (text, data-value)
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        ids = [value for _, name, value in self.attributes if name == "id"]
-        assert len(ids) == len(set(ids))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append(("", dict(attrs).get("data-value")))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text += data
-        if {"td", "th"} & set(self.open[-2:]):
-            text, value = self.tables[-1][-1][-1]
-            self.tables[-1][-1][-1] = (text + data, value)
-
-    def table(self, *columns: str) -> list[dict[str, tuple[str, str | None]]]:
-        """The rows of the one table whose first headings are `columns`, by heading."""
-        (found,) = (t for t in self.tables if tuple(text for text, _ in t[0][: len(columns)]) == columns)
-        return [dict(zip((text for text, _ in found[0]), row, strict=True)) for row in found[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +45,6 @@ def text(run: Run) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run with everything."""
     return read_runs([str(write_run(tmp_path_factory.mktemp("runs") / "quick"))])[0]
-
-
-def number(cell: tuple[str, str | None]) -> float:
-    """The exact number behind a cell, which what is shown must round to."""
-    text, value = cell
-    assert value is not None
-    assert float(text.replace(",", "")) == pytest.approx(float(value), rel=1e-3)
-    return float(value)
 
 
 def test_tables_hold_the_numbers_of_the_files(run: Run, text: str) -> None:
@@ -148,19 +92,6 @@ def test_every_picture_has_a_text(run: Run, text: str) -> None:
     assert all(len(label) > 40 for label in labels)
     assert "training loss from 5 to 2.075; validation loss from 2.438 to 2.188" in labels[0]
     assert "matrix: peak 0.004875" in labels[1]
-
-
-def values_of(picture: Picture) -> dict[str, tuple[list[float], list[float]]]:
-    """The lines that a picture draws, by the name that appears under the pointer."""
-    found = {}
-    for artist in small_figure(picture).axes[0].get_lines():
-        gid = unquote(str(artist.get_gid()))
-        if gid.startswith("hover:"):
-            found[json.loads(gid.removeprefix("hover:").removesuffix(":"))[0]] = (
-                list(map(float, artist.get_xdata())),  # type: ignore[arg-type]
-                list(map(float, artist.get_ydata())),  # type: ignore[arg-type]
-            )
-    return found
 
 
 @pytest.mark.parametrize("kind", ["none", "exp", "decay-away"])

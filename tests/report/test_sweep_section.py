@@ -19,9 +19,9 @@ from megatron_patch.report.page import html_page, write_report
 from megatron_patch.report.svg import svg
 from megatron_patch.report.sweep_section import read_all, sweep
 from megatron_patch.runs.trial import Trial, to_csv
-from tests.fit.test_report_card import BEND, PROXIES, PROXY, curve
-from tests.report.test_page import Page, number, values_of
 from tests.support.browser import inspect, needs_chromium
+from tests.support.parabolas import BEND, PROXIES, PROXY, curve
+from tests.support.report_page import Page, number, values_of
 from tests.support.run_folders import write_record, write_run
 
 Tool = Callable[..., int]

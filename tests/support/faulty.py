@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.support.pool import Pool, RankFailure
-from tests.support.training import TINY, Hooks, Outcome, train
+from tests.support.training import TINY, Hooks, Outcome, Patched, train
 
 LAST = 7
 SAVED = 3  # iterations between checkpoints
@@ -53,17 +53,6 @@ OF_A_RESUME = {
     "exit_signal_handler",
     "master_port",
 }
-
-
-class Patched(Hooks):
-    """A run with the patch, as a user has it."""
-
-    def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
-
-        self.installed: list[Any] = []
-        self.installed.append(install(entry_hooks(self.installed)))
 
 
 @dataclass

@@ -63,6 +63,17 @@ class Hooks:
         return None
 
 
+class Patched(Hooks):
+    """A run with the patch, as a user has it."""
+
+    def before_arguments(self) -> None:
+        from megatron_patch.upstream.hooks import install
+        from megatron_patch.upstream.patch import entry_hooks
+
+        self.installed: list[Any] = []
+        self.installed.append(install(entry_hooks(self.installed)))
+
+
 @dataclass(frozen=True)
 class Checksum:
     """A final parameter: the norm of the whole tensor, comparable over layouts, and a digest, over equal layouts."""

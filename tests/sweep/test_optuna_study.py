@@ -18,7 +18,7 @@ from megatron_patch.sweep.attempt import FINISHED, Outcome
 from megatron_patch.sweep.file import Search, read_sweep
 from megatron_patch.sweep.optuna_study import OptunaStudy
 from tests.support.fake_training import loss_of
-from tests.sweep.test_engine import FAKE, Folder, finish, wait_for
+from tests.support.sweeps import FAKE, Folder, finish, wait_for
 
 SPACE = {"lr": {"log": [1e-4, 1.0]}, "width": [{"hidden-size": 32}, {"hidden-size": 64}], "seed": {"integer": [1, 3]}}
 

@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.monitored import Monitored, read_lines
-from tests.support.pool import Pool
-from tests.support.reference import Model, local_spec_name
-from tests.support.training import TINY, Run, train
-from tests.upstream.monitor.test_step import (
+from tests.support.layouts import (
     DISTRIBUTED,
     EP2,
     LATENT,
@@ -28,6 +24,10 @@ from tests.upstream.monitor.test_step import (
     TP2,
     differences,
 )
+from tests.support.monitored import Monitored, read_lines
+from tests.support.pool import Pool
+from tests.support.reference import Model, local_spec_name
+from tests.support.training import TINY, Run, train
 
 pytestmark = pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine")
 

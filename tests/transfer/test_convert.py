@@ -13,7 +13,7 @@ from megatron_patch.files.yaml_flags import load_yaml
 from megatron_patch.runs.trial import Trial, to_csv
 from megatron_patch.transfer.convert import classes
 from megatron_patch.transfer.yaml_edit import Change, edit
-from tests.fit.test_optimum import curve, surface
+from tests.support.planted import curve, surface
 from tests.support.pool import Pool
 
 ROOT = Path(__file__).parents[2]

@@ -1,23 +1,16 @@
 """Installed and not asked for anything, the patch changes nothing: not a bit, not a default, not a file."""
 
-import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_patch.upstream.flags import add_arguments
 from tests.support.pool import Pool
-from tests.support.training import TINY, Hooks, Outcome, Run, train
+from tests.support.symbols import ENTRY, symbols
+from tests.support.training import TINY, Hooks, Outcome, Patched, Run, train
 
-ENTRY = {
-    "megatron.training.arguments:add_megatron_arguments",
-    "megatron.training.arguments:validate_args",
-    "megatron.core.datasets.utils:compile_helpers",
-    "megatron.training.checkpointing:load_args_from_checkpoint",
-}
 LAYOUTS = {
     "tensor parallel": ["--tensor-model-parallel-size", "2"],
     "distributed optimizer": ["--use-distributed-optimizer"],
@@ -33,15 +26,8 @@ class Settings(Hooks):
         return {name: repr(value) for name, value in vars(run.args).items()}
 
 
-class Patched(Settings):
+class PatchedSettings(Patched, Settings):
     """The same with the patch installed as `megatron_patch run` installs it."""
-
-    def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
-
-        self.installed: list[Any] = []
-        self.installed.append(install(entry_hooks(self.installed)))
 
 
 def our_names() -> set[str]:
@@ -76,7 +62,7 @@ def test_twenty_iterations_are_the_same_to_the_last_bit(pool: Pool, layout: str,
     stock = trained("stock", Settings())
     assert len(stock.losses) == 20
     assert stock.losses[-1] < stock.losses[0] - 0.1, "nothing is learned: a broken optimizer would go unnoticed"
-    patched = trained("patched", Patched())
+    patched = trained("patched", PatchedSettings())
     assert bits(patched) == bits(stock)
 
     # Not a setting of Megatron's is another one, and ours are at their defaults.
@@ -95,27 +81,13 @@ def test_twenty_iterations_are_the_same_to_the_last_bit(pool: Pool, layout: str,
     assert files("patched") == files("stock")
 
     # All hooks installed, every factor 1: still the same bits.
-    identity = trained("identity", Patched(), *IDENTITY)
+    identity = trained("identity", PatchedSettings(), *IDENTITY)
     assert bits(identity) == bits(stock)
     assert (tmp_path / "identity" / "transfer" / "run.json").exists(), "the hooks were not installed"
 
     # And the comparison can fail: one part in a billion of the learning rate is seen.
     if layout == "tensor parallel":
-        assert bits(trained("other", Patched(), "--lr", "0.010000001")) != bits(stock)
-
-
-def symbols() -> dict[str, Any]:
-    """Every function, class and method that any loaded module holds, ours and the tests' left out."""
-    found = {}
-    for name, module in list(sys.modules.items()):
-        if module is None or name.partition(".")[0] in ("megatron_patch", "tests", "__main__"):
-            continue
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if callable(value):
-                found[f"{name}:{attribute}"] = value
-            if inspect.isclass(value) and value.__module__ == name and name.startswith("megatron."):
-                found.update({f"{name}:{attribute}.{member}": method for member, method in list(vars(value).items())})
-    return found
+        assert bits(trained("other", PatchedSettings(), "--lr", "0.010000001")) != bits(stock)
 
 
 def changed_symbols(flags: list[str]) -> tuple[set[str], int]:

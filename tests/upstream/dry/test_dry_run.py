@@ -1,15 +1,12 @@
 """The dry run against tables worked out by hand, real runs, and the largest configuration there is."""
 
-import contextlib
-import io
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +16,12 @@ from megatron_patch.errors import AuditError
 from megatron_patch.theory.width import ParamSpec
 from megatron_patch.upstream.dry.coverage import Held, Position, merge
 from tests.support.building import COMMON
+from tests.support.explaining import Ended, explain_all, explained
+from tests.support.param_groups import CASES, MODELS, argv, expected
 from tests.support.pool import ROOT, Pool
 from tests.support.training import MOE, TINY, Hooks, Run, train
-from tests.upstream.width.test_param_groups import CASES, MODELS, argv, expected
 
 CONFIGS = ROOT / "configs"
-
-
-@dataclass
-class Ended:
-    """How one ``explain`` ended."""
-
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
-def explain_all(commands: Sequence[Sequence[str]], cwd: str = "") -> list[Ended]:
-    """In a worker: several commands one after another in one process, which must leave nothing behind."""
-    from megatron_patch.entry.explain import explain
-
-    if cwd:
-        os.chdir(cwd)
-    ended = []
-    for command in commands:
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                explain(command)
-            except SystemExit as stop:
-                code = stop.code  # type: ignore[assignment]
-        ended.append(Ended(code, out.getvalue(), err.getvalue()))
-    return ended
-
-
-def explained(pool: Pool, commands: Sequence[Sequence[str]], cwd: str = "") -> list[Ended]:
-    found: list[Ended] = pool.run(explain_all, distributed=False, commands=commands, cwd=cwd, timeout=300)[0]
-    return found
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from megatron_patch.errors import ConfigError
 from tests.support.monitored import Monitored, read_lines
 from tests.support.pool import Pool, RankFailure
 from tests.support.reference import Model, Reference
-from tests.support.training import TINY, Hooks, Run, train
+from tests.support.training import TINY, Patched, Run, train
 
 MODEL = Model()
 KEYS = (
@@ -69,17 +69,6 @@ def test_layers_are_chosen_by_a_pattern(pool: Pool, tmp_path: Path) -> None:
 def test_a_pattern_that_matches_nothing_is_refused(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="--alignment-layers nosuchlayer"):
         pool.run(train, argv=[*TINY, *MODEL.flags()], steps=1, hooks=Monitored(str(tmp_path), layers="nosuchlayer"))
-
-
-class Patched(Hooks):
-    """A run with the patch, as a user has it: the metrics come from the flags."""
-
-    def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
-
-        self.installed: list[Any] = []
-        self.installed.append(install(entry_hooks(self.installed)))
 
 
 def test_a_killed_and_resumed_run_ends_with_the_files_of_an_uninterrupted_one(pool: Pool, tmp_path: Path) -> None:

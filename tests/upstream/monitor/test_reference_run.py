@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.explaining import explain_all
 from tests.support.pool import Pool
-from tests.support.training import TINY, train
-from tests.upstream.dry.test_dry_run import explain_all
-from tests.upstream.monitor.test_monitor import Patched
+from tests.support.training import TINY, Patched, train
 
 STEPS, EVERY = 32, 4
 MEASUREMENTS = STEPS // EVERY

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.upstream import flags
+from tests.support.observed import ObservedWithPatch, bits
 from tests.support.pool import Pool
 from tests.support.training import TINY, train
-from tests.upstream.width.test_resume import Patched, bits
 
 STEPS = 2
 SQRT = ["--width-scaling", "sqrt", "--base-hidden-size", "8", "--extra-warmup", "decay-away"]
@@ -79,9 +79,9 @@ def test_a_resumed_run_needs_none_of_the_flags_again(pool: Pool, tmp_path: Path)
     """The rule and the warmup come from the checkpoint; the losses are those of an undisturbed run, to the last bit."""
     common = [*TINY, "--train-iters", str(2 * STEPS), "--weight-decay", "2"]
     save = ["--save", str(tmp_path), "--save-interval", str(STEPS), "--ckpt-format", "torch_dist"]
-    through = pool.run(train, argv=[*common, *SQRT, *save], steps=2 * STEPS, hooks=Patched())[0]
+    through = pool.run(train, argv=[*common, *SQRT, *save], steps=2 * STEPS, hooks=ObservedWithPatch())[0]
     load = ["--load", str(tmp_path), "--ckpt-step", str(STEPS), "--use-checkpoint-args"]
-    resumed = pool.run(train, argv=[*common, *load], steps=2 * STEPS, hooks=Patched())[0]
+    resumed = pool.run(train, argv=[*common, *load], steps=2 * STEPS, hooks=ObservedWithPatch())[0]
     said = [line for line in pool.printed[0].splitlines() if line.startswith("> --use-checkpoint-args")]
     restored = "--width-scaling sqrt --base-hidden-size 8 --extra-warmup decay-away"
     assert said == [f"> --use-checkpoint-args: {restored} from the checkpoint"]

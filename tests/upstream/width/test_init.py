@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.support.building import Builder
+from tests.support.param_groups import MODELS, TWO_RANKS
 from tests.support.pool import Pool, RankFailure
-from tests.upstream.width.test_param_groups import MODELS, TWO_RANKS
 
 # What multiplies how many inputs, by hand; all models are 64 wide. Embeddings have 64 too: std 1/sqrt(hidden).
 FAN_IN = {

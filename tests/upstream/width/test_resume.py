@@ -1,15 +1,14 @@
 """Resuming: to the last bit with the same flags; refused with a diff under other ones; allowed where asked for."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.entry.test_run import commands
+from tests.support.commands import commands
+from tests.support.observed import Observed, ObservedWithPatch, bits
 from tests.support.pool import Pool, RankFailure
-from tests.support.training import TINY, Hooks, Outcome, Run, checksums, train
+from tests.support.training import TINY, Hooks, Outcome, train
 
 HALF = 4  # steps before the checkpoint, and after it
 SQRT = ["--width-scaling", "sqrt", "--base-hidden-size", "8"]  # m = 4 for the hidden size of TINY
@@ -19,61 +18,11 @@ SHARDED = ["--use-distributed-optimizer"]
 COMMON = [*TINY, "--train-iters", str(2 * HALF), "--weight-decay", "2"]
 
 
-@dataclass
-class Seen:
-    """What a run was trained with: after the load, and after every step."""
-
-    rates: list[list[tuple[str, str]]]  # (LR, weight decay) of every param group, to the last bit
-    peaks: list[tuple[float, float]]  # (peak LR, weight decay multiplier) of every param group
-    start: dict[str, str]  # digests of the weights before the first step
-    moments: float  # sum of the first moments' magnitudes before the first step
-    adam_steps: set[float]  # AdamW's step counts before the first step
-
-
-class Observed(Hooks):
-    """Megatron as it is, observed."""
-
-    def built(self, run: Run) -> None:
-        states = [
-            state
-            for child in run.optimizer.chained_optimizers
-            for state in child.optimizer.state.values()
-            if "exp_avg" in state
-        ]
-        self.seen = Seen(
-            rates=[self.rates(run)],
-            peaks=sorted((group["max_lr"], group["wd_mult"]) for group in run.optimizer.param_groups),
-            start={name: checksum.digest for name, checksum in checksums(run.model).items()},
-            moments=sum(float(state["exp_avg"].double().abs().sum()) for state in states),
-            adam_steps={float(state["step"]) for state in states},
-        )
-
-    def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
-        self.seen.rates.append(self.rates(run))
-
-    def result(self, run: Run) -> Seen:
-        return self.seen
-
-    @staticmethod
-    def rates(run: Run) -> list[tuple[str, str]]:
-        groups = sorted(run.optimizer.param_groups, key=lambda group: (group["max_lr"], group["wd_mult"]))
-        return [(float(group["lr"]).hex(), float(group["weight_decay"]).hex()) for group in groups]
-
-
-class Patched(Observed):
-    """The same with the patch installed."""
-
-    def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
-
-        installed: list[Any] = []
-        installed.append(install(entry_hooks(installed)))
-
-
 def run_to(pool: Pool, steps: int, flags: list[str], *, ranks: int = 2, hooks: Hooks | None = None) -> Outcome:
     """Train until iteration `steps` and return what rank 0 saw."""
-    outcome: Outcome = pool.run(train, ranks=ranks, argv=[*COMMON, *flags], steps=steps, hooks=hooks or Patched())[0]
+    outcome: Outcome = pool.run(
+        train, ranks=ranks, argv=[*COMMON, *flags], steps=steps, hooks=hooks or ObservedWithPatch()
+    )[0]
     return outcome
 
 
@@ -83,10 +32,6 @@ def saving(folder: Path) -> list[str]:
 
 def loading(folder: Path) -> list[str]:
     return ["--load", str(folder), "--ckpt-step", str(HALF)]
-
-
-def bits(numbers: list[float]) -> list[str]:
-    return [number.hex() for number in numbers]
 
 
 # --- the same flags --------------------------------------------------------------------------------------------------
@@ -287,7 +232,7 @@ def test_checkpoint_from_before_the_patch_without_a_rule(pool: Pool, plain: tupl
     assert patched.checksums == stock.checksums
 
 
-@pytest.mark.parametrize("hooks", [Observed(), Patched()], ids=["plain Megatron", "the patch without flags"])
+@pytest.mark.parametrize("hooks", [Observed(), ObservedWithPatch()], ids=["plain Megatron", "the patch without flags"])
 def test_checkpoint_with_a_rule_where_nobody_applies_it(pool: Pool, saved: tuple[Path, Outcome], hooks: Hooks) -> None:
     """Megatron itself stops, as the checkpoint has param groups that the run lacks; it goes on with no wrong LR."""
     folder, _ = saved

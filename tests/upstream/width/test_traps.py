@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.building import LLAMA_STYLE, Builder, live
+from tests.support.param_groups import CASES, MODELS, argv, assert_same, build_all, expected
 from tests.support.pool import Pool, RankFailure
 from tests.support.training import TINY, Hooks, Run, train
-from tests.upstream.width.test_param_groups import CASES, MODELS, argv, assert_same, build_all, expected
 
 NO_DECAY = CASES["no-decay"]
 
