@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_layers import FLOORS, Floor
+from tests.support.floors import FLOORS, Floor
 
 PAGE = Path(__file__).parents[1] / "docs/architecture.md"
 PICTURE = re.compile(r"```mermaid\n(flowchart TD\n.*?)```\n", re.DOTALL)

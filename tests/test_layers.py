@@ -1,17 +1,18 @@
 """The walls of the house, read off its source: who may import whom, who may assign to foreign names, how big a room is.
 
-`FLOORS` is the rule, to be read as documentation; docs/architecture.md shows it as a picture and is held to it here.
+`FLOORS` in tests/support/floors.py is the rule, to be read as documentation; docs/architecture.md draws it.
 """
 
 import ast
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from tests.support.floors import FLOORS, Floor
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -21,53 +22,6 @@ SOURCES = sorted(
     if "__pycache__" not in path.parts
 )
 
-
-@dataclass(frozen=True)
-class Floor:
-    """A folder of the package, or a module at its top."""
-
-    why: str
-    imports: str = ""
-    """Which floors it may import from, beside itself."""
-    packages: str = ""
-    """Which packages from outside it may import, beside the standard library."""
-
-
-FLOORS = {
-    "theory": Floor("the papers' rules, schedules and models: numbers in, numbers out"),
-    "version": Floor("the one version number"),
-    "errors": Floor("what a user can do wrong, in one text format"),
-    "files": Floor(
-        "what a run writes and a user types: type, writer, reader, constants together", "errors version", "yaml"
-    ),
-    "config": Floor("our flags as values that know what contradicts what", "errors"),
-    "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files", "torch"),
-    "upstream": Floor(
-        "the hooks: the only place that knows Megatron, DeepSpeed and Transformer Engine",
-        "errors theory files config metrics",
-        # packaging: the versions that Megatron compares are its objects
-        "torch packaging megatron",
-    ),
-    "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
-    "fit": Floor("where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy"),
-    "data": Floor(
-        "from text to tokens",
-        "errors files upstream",
-        "datasets fsspec numpy pyarrow sentencepiece transformers rich",
-    ),
-    "sweep": Floor("many runs over a grid or a search", "errors files runs", "optuna rich yaml"),
-    "transfer": Floor("from a sweep to the target's config", "errors theory files config runs fit", "yaml rich"),
-    "report": Floor(
-        "runs and sweeps as one page",
-        "errors theory files runs fit",
-        "matplotlib jinja2 markupsafe numpy rich",
-    ),
-    "entry": Floor(
-        "the commands",
-        "version errors theory files config upstream data sweep transfer report",
-        "rich",
-    ),
-}
 SCRIPTS = "entry"
 """What the scripts in tools/ may import; one in launch/ is an ordinary Megatron script, as anybody's own is."""
 MEGATRON_SCRIPT = "launch/pretrain_gpt.py"

@@ -1,0 +1,51 @@
+"""The floors of the package: what each folder is for, and what it may import. docs/architecture.md draws them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A folder of the package, or a module at its top."""
+
+    why: str
+    imports: str = ""
+    """Which floors it may import from, beside itself."""
+    packages: str = ""
+    """Which packages from outside it may import, beside the standard library."""
+
+
+FLOORS = {
+    "theory": Floor("the papers' rules, schedules and models: numbers in, numbers out"),
+    "version": Floor("the one version number"),
+    "errors": Floor("what a user can do wrong, in one text format"),
+    "files": Floor(
+        "what a run writes and a user types: type, writer, reader, constants together", "errors version", "yaml"
+    ),
+    "config": Floor("our flags as values that know what contradicts what", "errors"),
+    "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files", "torch"),
+    "upstream": Floor(
+        "the hooks: the only place that knows Megatron, DeepSpeed and Transformer Engine",
+        "errors theory files config metrics",
+        # packaging: the versions that Megatron compares are its objects
+        "torch packaging megatron",
+    ),
+    "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
+    "fit": Floor("where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy"),
+    "data": Floor(
+        "from text to tokens",
+        "errors files upstream",
+        "datasets fsspec numpy pyarrow sentencepiece transformers rich",
+    ),
+    "sweep": Floor("many runs over a grid or a search", "errors files runs", "optuna rich yaml"),
+    "transfer": Floor("from a sweep to the target's config", "errors theory files config runs fit", "yaml rich"),
+    "report": Floor(
+        "runs and sweeps as one page",
+        "errors theory files runs fit",
+        "matplotlib jinja2 markupsafe numpy rich",
+    ),
+    "entry": Floor(
+        "the commands",
+        "version errors theory files config upstream data sweep transfer report",
+        "rich",
+    ),
+}
