@@ -1,5 +1,6 @@
 """The audit: what every live parameter is trained with, read back from the optimizer, against what the rule says."""
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_patch.errors import AuditError, ConfigError
-from megatron_patch.upstream.hooks import argument
+from megatron_patch.upstream.hooks import values
 from megatron_patch.upstream.width.plan import Plan
 
 _TOLERANCE = 1e-9
@@ -293,7 +294,8 @@ def adopt_live_groups(optimizer: Any) -> None:
 
         def without_groups(*args: Any, shard: Any = shard, **kwargs: Any) -> Any:
             state_dict = shard(*args, **kwargs)
-            if argument(shard, "is_loading", args, kwargs):
+            (is_loading,) = values(inspect.signature(shard), ("is_loading",), args, kwargs)
+            if is_loading:
                 inner = state_dict.get("optimizer", state_dict)
                 if isinstance(inner, dict):  # else one object of the whole, read as it was saved
                     inner.pop("param_groups", None)
