@@ -14,8 +14,7 @@ from rich.console import Console
 from megatron_patch.files.lines import AlignmentLine
 from megatron_patch.fit import curves, report_card
 from megatron_patch.report import charts_layers as layer_pictures
-from megatron_patch.report import charts_run as pictures
-from megatron_patch.report import drawing
+from megatron_patch.report import drawing, layers
 from megatron_patch.report.charts_layers import every_layer, warmup_pictures
 from megatron_patch.report.charts_run import alignment_pictures, equilibrium_pictures, overview, training_pictures
 from megatron_patch.report.drawing import Line, Picture, draw_lines, small_figure
@@ -160,7 +159,7 @@ def test_experts_count_by_their_mean(bare: Run) -> None:
     assert "experts gate 0.4" in alignment_pictures(run)[0].text
 
 
-@pytest.mark.parametrize("module", [drawing, pictures, curves, report_card, layer_pictures])
+@pytest.mark.parametrize("module", [drawing, layers, curves, report_card, layer_pictures])
 def test_examples_in_docstrings(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
