@@ -1,6 +1,5 @@
 """A run whose parameters are planned: who gets which LR, weight decay and eps, and the live optimizer held to it."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_patch.upstream.width.audit import (
     audit_schedule,
     check_checkpoint,
 )
+from megatron_patch.upstream.width.groups import trains_with
 from megatron_patch.upstream.width.parameters import describe
 from megatron_patch.upstream.width.plan import (
     Hyperparameters,
@@ -79,13 +79,8 @@ def live_values(classes: Sequence[ParameterClass], optimizer: Any) -> dict[str, 
     """
     values = {}
     for c in classes:
-        h = c.hyperparameters
         for group in optimizer.param_groups:
-            if (
-                math.isclose(group["max_lr"], h.lr, rel_tol=1e-9)
-                and math.isclose(group["wd_mult"], h.factors.weight_decay, rel_tol=1e-9)
-                and math.isclose(group.get("eps", h.eps), h.eps, rel_tol=1e-9)
-            ):
+            if trains_with(group, c.hyperparameters):
                 values[c.label] = (float(group["lr"]), float(group["weight_decay"]))
                 break
     return values

@@ -97,7 +97,7 @@ def override_facts() -> dict[str, Any]:
     from megatron.core.optimizer import get_standard_config_overrides, optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_patch.upstream.width.audit import IDENTIFIER_KEYS
+    from megatron_patch.upstream.width.groups import IDENTIFIER_KEYS
     from megatron_patch.upstream.width.plan import config_overrides
     from tests.support.training import global_names
 
