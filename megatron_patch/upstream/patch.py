@@ -57,14 +57,22 @@ class Session:
         self.add(feature_hooks(settings))
         self.active = True
 
+    def check(self) -> None:
+        """Make sure that `remove` can restore everything.
+
+        Raises:
+            UpstreamChanged: somebody replaced one of our replacements in the meantime.
+        """
+        for installation in self.installed:
+            installation.check()
+
     def remove(self) -> None:
         """Restore every original, the last replaced first. Twice is harmless.
 
         Raises:
             UpstreamChanged: somebody replaced one of our replacements in the meantime; nothing is restored then.
         """
-        for installation in self.installed:
-            installation.check()
+        self.check()
         while self.installed:
             self.installed.pop().remove()
         self.active = False
