@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_patch.config import Settings
+from megatron_patch.errors import AuditError
 from megatron_patch.upstream import flags
 from megatron_patch.upstream.datasets import skip_compile_helpers
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
@@ -206,12 +207,22 @@ class _Run:
             self._told.add(note)
 
     def set_up(self, built: Any) -> None:
+        """Audit what was built and loaded, and begin what is written along the way; a collective call.
+
+        Raises:
+            AuditError: the optimizer does not hold the plan, or was built without one.
+        """
         from megatron.training import get_args
 
         model, optimizer, scheduler = built
         planned, metrics, args = self._planned, self._settings.metrics, get_args()
-        if optimizer is None or planned is None:
+        if optimizer is None:
             return
+        if planned is None:  # a script that builds its optimizer in another way would train without the rule, unseen
+            raise AuditError(
+                "the optimizer was not built by get_megatron_optimizer, where every parameter gets its LR and weight "
+                "decay; let Megatron's setup_model_and_optimizer build it, or drop the width-transfer flags"
+            )
         planned.audit(optimizer, scheduler)
         self._recorder = Recorder(planned, optimizer, metrics.directory, args)
         directory = metrics.directory

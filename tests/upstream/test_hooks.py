@@ -534,3 +534,29 @@ def test_a_session_installs_what_is_asked_for_and_removes_all_or_nothing(pool: P
         "removed": ((False, False), False, True),
         "begun again": ((True, False), False),
     }
+
+
+def set_up_without_a_plan() -> list[str]:
+    """In a worker: what is said to an optimizer that was built behind our back, and to none at all."""
+    from megatron.training import global_vars
+
+    from megatron_patch.errors import AuditError
+    from megatron_patch.upstream.patch import feature_hooks
+
+    global_vars._GLOBAL_ARGS = object()
+    said = []
+    for optimizer in (None, object()):
+        (hook,) = (h for h in feature_hooks(EVERYTHING) if h.target.endswith(":setup_model_and_optimizer"))
+        set_up = hook.wrap(lambda optimizer=optimizer: ("model", optimizer, "scheduler"))
+        try:
+            said.append(str(set_up()[0]))
+        except AuditError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_optimizer_without_a_plan_is_refused(pool: Pool) -> None:
+    """Else a run that asked for a rule would go on without it, and without an audit."""
+    ((evaluation, training),) = pool.run(set_up_without_a_plan, distributed=False)
+    assert evaluation == "model"  # evaluation alone has no optimizer
+    assert training.startswith("the optimizer was not built by get_megatron_optimizer")
