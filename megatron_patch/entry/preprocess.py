@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_patch.entry.exits import exit_code
+from megatron_patch.entry.parsers import command_parser
 
 EXAMPLE = """example:
   {started} --input 'corpus/*.jsonl.gz' --tokenizer-model data/code.model --append-eod \\
@@ -18,14 +19,8 @@ not written). A hash of its text decides where a document goes, so duplicates st
 
 
 def parser(started: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line; `started` is how the command was called, for its usage and example."""
-    result = argparse.ArgumentParser(
-        prog=started,
-        description=__doc__,
-        epilog=EXAMPLE.format(started=started),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return the parser of the command line; for `started` see `command_parser`."""
+    result = command_parser(started, __doc__, EXAMPLE)
     add = result.add_argument
     add("--input", required=True, metavar="SPEC", help=SPEC)
     add("--tokenizer-model", required=True, metavar="M", help="sentencepiece model, or folder of a hub tokenizer")

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_patch.entry.exits import exit_code
+from megatron_patch.entry.parsers import command_parser
 
 EXAMPLE = """examples:
   {started} runs/quickstart --output runs/quickstart/report.html
@@ -16,14 +17,8 @@ RUN = (
 
 
 def parser(started: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line; `started` is how the command was called, for its usage and example."""
-    result = argparse.ArgumentParser(
-        prog=started,
-        description=__doc__,
-        epilog=EXAMPLE.format(started=started),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return the parser of the command line; for `started` see `command_parser`."""
+    result = command_parser(started, __doc__, EXAMPLE)
     result.add_argument("runs", nargs="+", metavar="RUN_OR_SWEEP", help=RUN)
     result.add_argument("--output", required=True, metavar="FILE", help="report.html, or overview.png; replaced")
     return result

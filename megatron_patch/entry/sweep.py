@@ -5,6 +5,7 @@ import signal
 from collections.abc import Sequence
 
 from megatron_patch.entry.exits import exit_code
+from megatron_patch.entry.parsers import command_parser
 from megatron_patch.errors import ExitCode
 
 EXAMPLE = """example:
@@ -16,14 +17,8 @@ RESUME = "go on with a sweep that was begun, or help another process with it; tr
 
 
 def parser(started: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line; `started` is how the command was called, for its usage and example."""
-    result = argparse.ArgumentParser(
-        prog=started,
-        description=__doc__,
-        epilog=EXAMPLE.format(started=started),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return the parser of the command line; for `started` see `command_parser`."""
+    result = command_parser(started, __doc__, EXAMPLE)
     add = result.add_argument
     add("sweep", metavar="SWEEP.yaml", help="base config, axes and output of the sweep")
     add("--workers", type=int, default=1, metavar="N", help="trials to run at a time; default: %(default)s")

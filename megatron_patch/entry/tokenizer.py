@@ -5,6 +5,7 @@ import signal
 from collections.abc import Sequence
 
 from megatron_patch.entry.exits import exit_code
+from megatron_patch.entry.parsers import command_parser
 
 EXAMPLE = """example:
   {started} --input stdlib --vocab-size 4096 --sample-documents 400 --output-prefix data/code
@@ -12,14 +13,8 @@ writes data/code.model, for Megatron's --tokenizer-type SentencePieceTokenizer -
 
 
 def parser(started: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line; `started` is how the command was called, for its usage and example."""
-    result = argparse.ArgumentParser(
-        prog=started,
-        description=__doc__,
-        epilog=EXAMPLE.format(started=started),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return the parser of the command line; for `started` see `command_parser`."""
+    result = command_parser(started, __doc__, EXAMPLE)
     add = result.add_argument
     add("--input", required=True, metavar="SPEC", help="as for `megatron-patch preprocess`")
     add("--vocab-size", required=True, type=int, metavar="N", help="number of ids, with 256 bytes and 4 special ids")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megatron_patch.config import WARMUPS, WIDTH_RULES
 from megatron_patch.entry.exits import exit_code
+from megatron_patch.entry.parsers import command_parser
 from megatron_patch.theory.transfer import BATCH_RULES
 
 EXAMPLE = """example:
@@ -14,14 +15,8 @@ and target differ in what no rule covers; the reason is on stderr and nothing is
 
 
 def parser(started: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line; `started` is how the command was called, for its usage and example."""
-    result = argparse.ArgumentParser(
-        prog=started,
-        description=__doc__,
-        epilog=EXAMPLE.format(started=started),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return the parser of the command line; for `started` see `command_parser`."""
+    result = command_parser(started, __doc__, EXAMPLE)
     add = result.add_argument
     add("--sweep", required=True, metavar="PATH", help="folder of runs (run.json, TensorBoard, W&B offline), or a CSV")
     add("--target", required=True, metavar="TARGET.yaml", help="config of the wide model; it is not changed")

@@ -216,7 +216,7 @@ def around(handler: Callable[..., Any], *names: str) -> Wrap:
                 bound.arguments.update(changed)
                 return original(*bound.args, **bound.kwargs)
 
-            return handler(call, *values(signature, names, args, kwargs))
+            return handler(call, *_values(signature, names, args, kwargs))
 
         return replacement
 
@@ -244,7 +244,7 @@ def after(handler: Callable[..., None], *names: str) -> Wrap:
     return around(both, *names)
 
 
-def values(
+def _values(
     signature: inspect.Signature, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Return the values that a call gives the parameters `names`, defaults applied."""
