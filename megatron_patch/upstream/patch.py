@@ -27,7 +27,6 @@ from megatron_patch.upstream.record import (
     status_of,
     writing,
 )
-from megatron_patch.upstream.refusals import check_supported
 from megatron_patch.upstream.width.audit import (
     adopt_live_groups,
     agree_on_errors,
@@ -78,8 +77,6 @@ def entry_hooks(
             result = original(*args, **kwargs)
             namespace = argument(original, "args", args, kwargs)
             settings = flags.validate(namespace)
-            if settings.metrics.active:
-                check_supported(namespace)
             if settings.active:
                 installed.append(install(feature_hooks(settings)))
             return result
@@ -176,7 +173,7 @@ class _Run:
             bound.arguments["config_overrides"] = {**given, **config_overrides(plan)}
             optimizer = original(*bound.args, **bound.kwargs)
             self._collectively(lambda: audit_build(plan, optimizer))
-            if self.settings.width.override:
+            if self.settings.override:
                 adopt_live_groups(optimizer)
             self.plan, self.optimizer = plan, optimizer
             self.classes = parameter_classes(plan)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_patch.config import Settings
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.files.run_json import Status
 from megatron_patch.upstream.width.audit import live_groups
@@ -173,13 +174,11 @@ def measured_folder() -> str | None:
     """
     from megatron.training.global_vars import get_args
 
-    from megatron_patch.upstream.flags import settings_from_args
-
     try:
         args = get_args()
     except AssertionError:  # Megatron's way to say that there are none
         return None
-    metrics = settings_from_args(args).metrics
-    if not metrics.active or args.rank != args.world_size - 1 or getattr(args, "no_report", False):
+    metrics = Settings.of(vars(args)).metrics
+    if not metrics.active or args.rank != args.world_size - 1 or not metrics.report:
         return None
     return metrics.directory
