@@ -1,5 +1,6 @@
 # make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures
 # make test         set up and run the whole test suite
+# make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test sweep-example test-te test-core test-megatron lint docs bench clean
+.PHONY: setup quickstart test test-fast sweep-example test-te test-core test-megatron lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
 
 sweep-example: setup
 	launch/sweep_example.sh

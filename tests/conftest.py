@@ -1,5 +1,6 @@
 """Fixtures for all tests: the pool of workers, a small corpus and its tokenizer, the tools as functions."""
 
+import inspect
 import json
 import runpy
 import signal
@@ -8,10 +9,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from megatron_patch.data.corpus import open_corpus, stdlib_files
 from megatron_patch.data.tokenizer import train_tokenizer
 from tests.support.pool import ROOT, Pool
+
+# A busy machine makes tests slow, never red; and tmp_path is written anew by every example.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
+
+# What `make test-fast` leaves out: tests that start processes, by a word in their source or in that of their fixtures,
+# and whole folders and files that train, load Megatron, draw or try everything.
+SLOW_WORDS = ("subprocess", "Popen", "pool.run", "pool: Pool", "chromium")
+SLOW_PLACES = frozenset(
+    "core data faults launch report sweep te upstream upstream_suite test_fuzz.py test_fuzz_tools.py".split()
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `slow` what `make test-fast` leaves out."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        sources = [inspect.getsource(f) for f in (item.function, *(d.func for ds in fixtures for d in ds))]
+        places = item.path.relative_to(ROOT).parts
+        if SLOW_PLACES.intersection(places) or any(word in source for source in sources for word in SLOW_WORDS):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
@@ -34,7 +34,7 @@ from tests.support.pool import ROOT, Pool
 from tests.support.run_folders import write_events, write_hyperparameters, write_metrics, write_record
 from tests.support.training import TINY
 
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+FUZZ = settings(deadline=None, max_examples=150)
 
 
 @contextlib.contextmanager
@@ -173,16 +173,34 @@ def read_everything(folder: Path) -> None:
     assert run.best is None or math.isfinite(run.best[0])
 
 
-def read_damaged(sound: Path, name: str, content: bytes) -> None:
-    """Put a damaged file in the place of a sound one and read: a run, perhaps with a note, or a line that names it."""
+def read_damaged(sound: Path, name: str, content: bytes) -> bool:
+    """Put a damaged file in the place of a sound one and read: a run, perhaps with a note, or a line that names it.
+
+    Returns whether a run was read.
+    """
     path = next(sound.rglob(name))
     whole = path.read_bytes()
     path.write_bytes(content)
     try:
         with refusals(name):
             read_everything(sound / "transfer")
+            return True
+        return False
     finally:
         path.write_bytes(whole)
+
+
+def test_sound_files_and_slightly_damaged_ones_are_read(sound: Path) -> None:
+    """What refuses everything would pass all of the fuzzing below."""
+    for name in [*RECORDS, *LINES]:
+        content = next(sound.rglob(name)).read_bytes()
+        assert read_damaged(sound, name, content), name
+        assert read_damaged(sound, name, content.rstrip(b"\n") + b"  \n"), name
+    for name in LINES:  # as a kill leaves it
+        content = next(sound.rglob(name)).read_bytes()
+        assert read_damaged(sound, name, content + content[: len(content) // 5].replace(b"\n", b"")), name
+    (events,) = (sound / "tensorboard").iterdir()
+    assert read_damaged(sound, events.name, events.read_bytes()[:-3])
 
 
 @FUZZ
@@ -205,7 +223,7 @@ def test_any_value_replaced(sound: Path, tmp_path: Path, name: str) -> None:
     for record in RECORDS:
         shutil.copy(sound / "transfer" / record, tmp_path)
     text = (tmp_path / name).read_text()
-    number = len(list(places(json.loads(text))))
+    number, accepted, tried = len(list(places(json.loads(text)))), 0, 0
     for i in range(number):
         for value in (
             "missing",
@@ -230,9 +248,13 @@ def test_any_value_replaced(sound: Path, tmp_path: Path, name: str) -> None:
             else:
                 holder[key] = value
             (tmp_path / name).write_text(json.dumps(content))
+            tried += 1
             with refusals(name):
                 read_everything(tmp_path)
+                accepted += 1
     assert number > 30
+    print(f"{name}: {accepted} of {tried} accepted")
+    assert 0.05 * tried < accepted < tried
 
 
 @FUZZ
@@ -287,6 +309,12 @@ def test_any_table(tmp_path: Path, content: str | bytes) -> None:
         for trial in read_trials(str(path)):
             assert trial.hidden_size > 0
             assert trial.lr > 0
+
+
+def test_a_sound_table_among_those_of_any_kind(tmp_path: Path) -> None:
+    path = tmp_path / "trials.csv"
+    path.write_text("hidden_size,lr,loss,weight_decay,rule\n64,0.01,3.5,0.1,sqrt\n256,1e-3,nan,0,none\n")
+    assert [(t.hidden_size, t.lr, t.rule) for t in read_trials(str(path))] == [(64, 0.01, "sqrt"), (256, 1e-3, "none")]
 
 
 # --- names that become folders ---------------------------------------------------------------------------------------

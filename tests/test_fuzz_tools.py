@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
@@ -17,7 +17,7 @@ from megatron_patch.transfer.convert import convert
 from megatron_patch.transfer.plan import Options
 from tests.support.pool import ROOT
 
-quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=80, deadline=None)
 
 scalars = (
     st.none()

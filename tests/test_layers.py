@@ -25,14 +25,9 @@ SOURCES = sorted(
 SCRIPTS = "entry"
 """What the scripts in tools/ may import; one in launch/ is an ordinary Megatron script, as anybody's own is."""
 MEGATRON_SCRIPT = "launch/pretrain_gpt.py"
-# The one place that runs before the flags are known, and the one that runs when they are: which hooks a run needs is
-# known only inside Megatron's own validation, long after run.py has handed over to the script.
-INSTALLERS = (
-    "megatron_patch/entry/run.py",
-    "megatron_patch/entry/explain.py",
-    "megatron_patch/entry/install.py",
-    "megatron_patch/upstream/patch.py",
-)
+# Which hooks a run needs is known only inside Megatron's own validation, so the session that began goes on installing
+# there, long after run.py has handed over to the script.
+INSTALLERS = ("megatron_patch/upstream/patch.py",)
 # Running a script as if it had been started directly is what run.py is for.
 OWN_INTERPRETER = {"megatron_patch/entry/run.py": {"sys"}}
 LONGEST = 400

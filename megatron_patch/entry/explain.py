@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from megatron_patch.upstream.dry.coverage import Held
     from megatron_patch.upstream.dry.run import DryRun
     from megatron_patch.upstream.dry.schedule import Schedule
-    from megatron_patch.upstream.hooks import Installation
 
 USAGE = """usage: python -m megatron_patch explain [--config FILE.yaml] [SCRIPT.py] [the same arguments as run]
            [--world-size N] [--rank R | --all-ranks] [--schedule] [--json]
@@ -100,12 +99,14 @@ def _explain(argv: Sequence[str]) -> None:
         if total > 1 and sys.stderr.isatty():
             print(f"\rrank {done + 1} of {total} ", end="\n" if done + 1 == total else "", file=sys.stderr, flush=True)
 
-    installed: list[Installation] = []
     with quiet():
         gpu = prepare_machine(asked_for("cpu", flags, command_line))
+        from megatron_patch.upstream.patch import Session
+
+        session = Session()
         try:
             dry = dry_run(
-                megatron_arguments(path, flags, command_line, installed, plain_errors),
+                megatron_arguments(path, flags, command_line, session, plain_errors),
                 gpu=gpu,
                 world_size=options.world_size,
                 rank=options.rank,
@@ -114,8 +115,7 @@ def _explain(argv: Sequence[str]) -> None:
             )
             steps = schedule(dry.args, dry.groups)
         finally:
-            for installation in reversed(installed):
-                installation.remove()
+            session.remove()
     future = outlook(dry, steps)
     shown = steps if options.schedule else None
     if options.json:

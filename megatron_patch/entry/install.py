@@ -29,14 +29,15 @@ class Patch:
         self._told = False
         if (cpu or "--cpu" in sys.argv[1:]) and not cpu_platform.is_active():
             self._platform = cpu_platform.activate()
-        self._installed: list[Any] = []
+        self._session: Any = None
         try:
             # Only now: the CPU platform must be up before Megatron is imported.
-            from megatron_patch.upstream.hooks import check_version, install
-            from megatron_patch.upstream.patch import entry_hooks
+            from megatron_patch.upstream.hooks import check_version
+            from megatron_patch.upstream.patch import Session
 
             check_version(allow_untested_megatron or "--allow-untested-megatron" in sys.argv[1:])
-            self._installed.append(install(entry_hooks(self._installed, self._prepare)))
+            self._session = Session()
+            self._session.begin(self._prepare)
         except BaseException:
             self._deactivate()
             raise
@@ -61,11 +62,8 @@ class Patch:
         Raises:
             UpstreamChanged: somebody replaced one of our replacements; nothing is restored then.
         """
-        for installation in self._installed:
-            installation.check()
-        for installation in reversed(self._installed):
-            installation.remove()
-        self._installed.clear()
+        if self._session is not None:
+            self._session.remove()
         self._deactivate()
         if Patch._live is self:
             Patch._live = None

@@ -16,7 +16,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import flag_name, load_yaml
 
 if TYPE_CHECKING:
-    from megatron_patch.upstream.hooks import Installation
+    from megatron_patch.upstream.patch import Session
 
 USAGE = """usage: python -m megatron_patch run [--config FILE.yaml] [SCRIPT.py] [Megatron's arguments] [our flags]
 
@@ -132,7 +132,7 @@ def megatron_arguments(
     path: str | None,
     flags: Mapping[str, Any],
     arguments: list[str],
-    installed: list["Installation"],
+    session: "Session",
     prepare_parser: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> list[str]:
     """Put our flags into Megatron's parser and return the whole command line for it.
@@ -143,12 +143,12 @@ def megatron_arguments(
         path: the YAML file `flags` is from.
         flags: of `load_yaml`.
         arguments: the command line, without the script; it wins over `flags`.
-        installed: collects the hooks, now and when Megatron validates.
+        session: installs the hooks, now and when Megatron validates; nothing is in it yet.
         prepare_parser: called with every parser that Megatron makes, before its arguments are added.
     """
     from megatron_patch.upstream.flags import refuse_yaml_cfg
-    from megatron_patch.upstream.hooks import check_version, install, refuse_other_megatron
-    from megatron_patch.upstream.patch import entry_hooks, megatron_parser
+    from megatron_patch.upstream.hooks import check_version, refuse_other_megatron
+    from megatron_patch.upstream.patch import megatron_parser
 
     check_version(asked_for("allow-untested-megatron", flags, arguments))
 
@@ -157,7 +157,7 @@ def megatron_arguments(
         explain_unknown(path or "", flags, parser)
         prepare_parser(parser)
 
-    installed.append(install(entry_hooks(installed, prepare)))
+    session.begin(prepare)
     arguments = yaml_arguments(flags, megatron_parser(), arguments) + arguments
     refuse_yaml_cfg(arguments)
     first_rank = int(os.environ.get("RANK", "0")) == 0
@@ -194,9 +194,11 @@ def _run(argv: Sequence[str]) -> None:
         from megatron_patch.upstream.cpu.platform import activate
 
         activate()
-    installed: list[Installation] = []
     # Only now: the CPU platform must be up before Megatron is imported.
-    arguments = megatron_arguments(path, flags, arguments, installed)
+    from megatron_patch.upstream.patch import Session
+
+    session = Session()
+    arguments = megatron_arguments(path, flags, arguments, session)
     sys.argv = [script, *arguments]
     try:
         run_as_main(script)
@@ -204,7 +206,7 @@ def _run(argv: Sequence[str]) -> None:
         if not left.code:
             leave_report()
         raise
-    refuse_unread_flags(script, arguments, installed)
+    refuse_unread_flags(script, arguments, session)
     leave_report()
 
 
@@ -222,7 +224,7 @@ def leave_report() -> None:
         print(f"> no report on this run: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr, flush=True)
 
 
-def refuse_unread_flags(script: str, arguments: Sequence[str], installed: Sequence["Installation"]) -> None:
+def refuse_unread_flags(script: str, arguments: Sequence[str], session: "Session") -> None:
     """To be called at the script's end.
 
     Raises:
@@ -231,7 +233,7 @@ def refuse_unread_flags(script: str, arguments: Sequence[str], installed: Sequen
     from megatron_patch.upstream.flags import add_arguments
 
     ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(arguments)
-    if Settings.of(vars(ours)).active and len(installed) == 1:  # the hooks of the parser, and no others
+    if Settings.of(vars(ours)).active and not session.active:
         raise ConfigError(
             "SCRIPT.py",
             script,

@@ -1,5 +1,6 @@
 """Replacing Megatron functions: checked before anything is touched, undone in reverse, in this one place."""
 
+import functools
 import importlib
 import inspect
 import os
@@ -192,8 +193,63 @@ def _check(hook: Hook) -> tuple[ModuleType, str, Any]:
     return module, attribute, original
 
 
-def argument(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the value that a call ``function(*args, **kwargs)`` gives the parameter `name`, defaults applied."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
+type Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def around(handler: Callable[..., Any], *names: str) -> Wrap:
+    """Return the `wrap` of a `Hook` whose replacement is ``handler(call, *values)``.
+
+    Args:
+        handler: gets `call`, which calls the original as its caller did, but for the arguments it is given by name.
+        names: parameters of the original; their values, defaults applied, follow `call`.
+    """
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            def call(**changed: Any) -> Any:
+                if not changed:
+                    return original(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs)
+                bound.arguments.update(changed)
+                return original(*bound.args, **bound.kwargs)
+
+            return handler(call, *values(signature, names, args, kwargs))
+
+        return replacement
+
+    return wrap
+
+
+def before(handler: Callable[..., None], *names: str) -> Wrap:
+    """Return the `wrap` of a `Hook` that calls ``handler(*values)`` and then the original."""
+
+    def both(call: Callable[..., Any], *given: Any) -> Any:
+        handler(*given)
+        return call()
+
+    return around(both, *names)
+
+
+def after(handler: Callable[..., None], *names: str) -> Wrap:
+    """Return the `wrap` of a `Hook` that calls the original and then ``handler(result, *values)``."""
+
+    def both(call: Callable[..., Any], *given: Any) -> Any:
+        result = call()
+        handler(result, *given)
+        return result
+
+    return around(both, *names)
+
+
+def values(
+    signature: inspect.Signature, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return the values that a call gives the parameters `names`, defaults applied."""
+    if not names:
+        return ()
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    return bound.arguments[name]
+    return tuple(bound.arguments[name] for name in names)

@@ -1,80 +1,18 @@
 """What a run leaves behind: hyperparameters.json, run.json, and LR and weight decay per class in Megatron's writers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from megatron_patch.config import Settings
 from megatron_patch.errors import AuditError, ConfigError
-from megatron_patch.files.run_json import Status
+from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON
+from megatron_patch.files.run_json import TEST, VALIDATION, RunRecord, Status
+from megatron_patch.files.whole import write_json
+from megatron_patch.metrics.writers import log_scalars
 from megatron_patch.upstream.width.audit import live_groups
-from megatron_patch.upstream.width.plan import Hyperparameters, Plan
-
-
-@dataclass(frozen=True)
-class ParameterClass:
-    """Parameters that share every hyperparameter, under the name by which they are logged."""
-
-    label: str
-    """The class, e.g. ``matrix``; with the multiplier, e.g. ``matrix_m4``, where a class has several."""
-    hyperparameters: Hyperparameters
-
-
-def _gather(value: Any) -> list[Any]:
-    if not torch.distributed.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def parameter_classes(plan: Plan) -> tuple[ParameterClass, ...]:
-    """Return the classes of the whole model, the same on every rank; a collective call.
-
-    Raises:
-        AuditError: there is a rule, but no parameter of the whole model that it could scale. (One rank may well have
-            none: a pipeline stage of embeddings alone.)
-    """
-    local = {(p.spec.role, p.spec.m, plan.hyperparameters[p.spec.name]) for p in plan.parameters}
-    distinct = {entry for entries in _gather(local) for entry in entries}
-    by_role: dict[str, dict[Hyperparameters, float]] = {}
-    for role, m, hyperparameters in distinct:
-        by_role.setdefault(role, {})[hyperparameters] = m
-    if plan.width.rule != "none" and not by_role.keys() & {"matrix", "output"}:
-        raise AuditError(
-            f"--width-scaling {plan.rule.name} scales no parameter: the model has {', '.join(sorted(by_role))} only"
-        )
-    classes = []
-    for role, variants in sorted(by_role.items()):
-        for hyperparameters, m in sorted(variants.items(), key=lambda item: (item[1], item[0].weight_decay)):
-            label = role
-            if len(variants) > 1:
-                many_m = len(set(variants.values())) > 1
-                label = f"{role}_m{m:g}" if many_m else f"{role}_wd{hyperparameters.weight_decay:g}"
-            classes.append(ParameterClass(label, hyperparameters))
-    return tuple(classes)
-
-
-def live_values(classes: Sequence[ParameterClass], optimizer: Any) -> dict[str, tuple[float, float]]:
-    """Return ``{label: (lr, weight decay)}`` that the coming step will use, from the live param groups.
-
-    Every rank holds every group, also those whose parameters live on other ranks.
-    """
-    values = {}
-    for c in classes:
-        h = c.hyperparameters
-        for group in optimizer.param_groups:
-            if (
-                math.isclose(group["max_lr"], h.lr, rel_tol=1e-9)
-                and math.isclose(group["wd_mult"], h.factors.weight_decay, rel_tol=1e-9)
-                and math.isclose(group.get("eps", h.eps), h.eps, rel_tol=1e-9)
-            ):
-                values[c.label] = (float(group["lr"]), float(group["weight_decay"]))
-                break
-    return values
+from megatron_patch.upstream.width.plan import Plan
+from megatron_patch.upstream.width.planned import PlannedRun, collectively, gather, live_values
 
 
 def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
@@ -95,7 +33,7 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
             }
     merged: dict[str, dict[str, float]] = {}
     described: dict[str, Any] = {}
-    for rank_specs, rank_live in _gather((list(specs.values()), live)):
+    for rank_specs, rank_live in gather((list(specs.values()), live)):
         described.update((spec.name, spec) for spec in rank_specs)
         for name, values in rank_live.items():
             if merged.setdefault(name, values) != values:
@@ -122,6 +60,111 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
             for name, spec in sorted(described.items())
         ],
     }
+
+
+class Recorder:
+    """What one run writes along the way: hyperparameters.json, run.json, LR and weight decay per class.
+
+    Build it once the optimizer is as it will be trained, after a load; the constructor is a collective call.
+
+    Args:
+        planned: the run.
+        optimizer: the live one, whose values are written down.
+        directory: the metrics folder; None: no files, and LR and weight decay to Megatron's own writers alone.
+        args: Megatron's.
+
+    Raises:
+        AuditError: a parameter is in no param group, or replicas of one are trained differently.
+        ConfigError: on all ranks, if the folder cannot be written to.
+    """
+
+    def __init__(self, planned: PlannedRun, optimizer: Any, directory: str | None, args: Any) -> None:
+        from megatron.training import print_rank_0
+
+        self._planned = planned
+        self._losses: list[dict[str, float]] = []
+        self._record: RunRecord | None = None
+        table = hyperparameter_table(planned.plan, optimizer)
+        for line in planned.summary():
+            print_rank_0(line)
+        if directory is None:
+            print_rank_0(
+                "> no --metrics-dir, --save or --tensorboard-dir: hyperparameters.json and run.json not written"
+            )
+        else:
+            self._record = collectively(lambda: _begin_files(directory, table, args))
+
+    def logged(self, iteration: int, losses: dict[str, Any]) -> None:
+        """After Megatron's `training_log`: LR and weight decay of every class where it logs its own."""
+        from megatron.training import get_args, get_tensorboard_writer, print_rank_last
+        from megatron.training.global_vars import get_wandb_writer
+
+        args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
+        to_writer = (writer or wandb) and iteration % args.tensorboard_log_interval == 0
+        to_console = iteration % args.log_interval == 0
+        if not (to_writer or to_console):
+            return
+        values = live_values(self._planned.classes, self._planned.optimizer)
+        if to_writer:
+            scalars = {}
+            for label, (lr, weight_decay) in values.items():
+                scalars[f"lr/{label}"] = lr
+                scalars[f"weight_decay/{label}"] = weight_decay
+            log_scalars(scalars, iteration, writer, wandb)
+        if to_console:
+            texts = (f"{label} {lr:.4e} / {weight_decay:.4g}" for label, (lr, weight_decay) in values.items())
+            print_rank_last(f" iteration {iteration:8d} | lr / weight decay: {' | '.join(texts)} |")
+            if self._record:
+                self._record.trained(iteration, losses)
+
+    def evaluated(self, result: Any) -> None:
+        """After Megatron's `evaluate`, which `evaluating` calls once per validation set."""
+        self._losses.append({name: float(value) for name, value in (result[0] or {}).items()})
+
+    def evaluating(self, call: Callable[[], Any], prefix: str, iteration: int) -> Any:
+        """Around Megatron's `evaluate_and_print_results`: what is evaluated on the way goes into run.json."""
+        from megatron.training import get_args
+
+        self._losses = []
+        result = call()
+        on, args = TEST if "test set" in prefix else VALIDATION, get_args()
+        for i, losses in enumerate(self._losses):
+            suffix = f"-{(args.validation_set_names or range(i + 1))[i]}" if args.multiple_validation_sets else ""
+            if self._record and losses:
+                self._record.evaluated(iteration, on + suffix, losses)
+        return result
+
+    def training(self, call: Callable[[], Any]) -> Any:
+        """Around Megatron's `train`: how it ended goes into run.json."""
+        try:
+            result = call()
+        except BaseException as error:
+            if self._record:
+                self._record.ended(status_of(error, self._record.content["train_loss"]))
+            raise
+        if self._record:
+            self._record.ended(Status.FINISHED)
+        return result
+
+
+def _begin_files(directory: str, table: dict[str, Any], args: Any) -> RunRecord | None:
+    """Write hyperparameters.json on the first rank, and begin run.json on the last, which keeps it."""
+    from megatron.core import parallel_state
+
+    if args.rank == 0:
+        content = {"iteration": args.iteration, **table}
+        writing(directory, lambda: write_json(f"{directory}/{HYPERPARAMETERS_JSON}", content))
+    if args.rank != args.world_size - 1:
+        return None
+    layout = {
+        "world": args.world_size,
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "expert": args.expert_model_parallel_size,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+    return writing(directory, lambda: RunRecord(directory, args, layout, args.iteration))
 
 
 def writing[Result](directory: str, step: Callable[[], Result]) -> Result:

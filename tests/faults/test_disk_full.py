@@ -30,12 +30,12 @@ class Full(Patched):
     folder: Path
 
     def before_arguments(self) -> None:
+        from megatron_patch.files import run_json
         from megatron_patch.files.json_lines import JsonLines
-        from megatron_patch.upstream import record
 
         super().before_arguments()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        append, write_json = JsonLines._append, record.write_json
+        append, write_json = JsonLines._append, run_json.write_json
 
         def full_append(file: JsonLines, data: bytes) -> None:
             with no_room(os.path.getsize(file._path) + 100):
@@ -45,7 +45,7 @@ class Full(Patched):
             with no_room(100):
                 write_json(path, content)
 
-        JsonLines._append, record.write_json = full_append, full_write_json  # type: ignore[method-assign]
+        JsonLines._append, run_json.write_json = full_append, full_write_json  # type: ignore[method-assign]
 
     def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
         if FULL <= iteration < ROOM and os.environ["RANK"] == "1":

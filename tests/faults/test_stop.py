@@ -27,14 +27,14 @@ class Waiting(Patched):
     def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
         if iteration == STOPPED:
             (self.folder / f"{os.getpid()}.pid").touch()
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 1800
             while not (self.folder / "sent").exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
 
 
 def terminate(folder: Path) -> None:
     """Send SIGTERM to every rank that waits, as a launcher does when the job's time is up."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1800
     while len(found := list(folder.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     for path in found:

@@ -31,7 +31,7 @@ def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = [*torchrun, "--nproc_per_node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "megatron_patch", "run", str(SCRIPT), *TINY, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def test_knows_nothing_of_megatron_patch() -> None:
@@ -57,13 +57,15 @@ def test_refused_flags_exist() -> None:
 
 
 @pytest.mark.parametrize("parallel", [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]])
-def test_two_ranks_train(parallel: list[str]) -> None:
-    done = run(*parallel, ranks=2)
+def test_two_ranks_train(parallel: list[str], tmp_path: Path) -> None:
+    """With a checkpoint at the end, and with nothing of Megatron replaced as in the pool of tests/support/pool.py."""
+    done = run(*parallel, "--save", str(tmp_path), "--save-interval", "3", "--ckpt-format", "torch_dist", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(found) for found in re.findall(r"iteration +\d+/ +3 .*lm loss: (\S+)", done.stdout)]
     assert len(losses) == 3
     assert abs(losses[0] - math.log(256)) < 0.5, "an untrained model guesses"
     assert losses[2] < losses[0]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
 
 
 def test_refuses_what_it_would_do_half() -> None:

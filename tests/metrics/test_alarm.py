@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.config import Settings
@@ -20,7 +20,7 @@ from megatron_patch.metrics.derive import KEYS
 from megatron_patch.theory.deviation import UNKNOWN
 from megatron_patch.theory.width import RULES, Rule
 
-PROPERTY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=50, deadline=None)
 TOTAL = 100
 LAYERS = ("decoder.layers.0.mlp.linear_fc2", "decoder.layers.1.mlp.linear_fc2")
 

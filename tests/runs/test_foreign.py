@@ -48,7 +48,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     ]
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "megatron_patch", "run", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, done.stdout
 

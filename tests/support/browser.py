@@ -52,7 +52,7 @@ def inspect(page: str, folder: Path, script: str, scheme: str = "light") -> dict
     command += ["--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=10000"]
     command += ["--dump-dom", f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"]
     done = subprocess.run(
-        [*command, f"file://{folder}/check.html"], capture_output=True, text=True, timeout=180, check=True
+        [*command, f"file://{folder}/check.html"], capture_output=True, text=True, timeout=1800, check=True
     )
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     result = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -6,7 +6,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tests.support.training import global_names
@@ -40,7 +40,7 @@ class Built:
 class Builder:
     """Builds one run after another in one process, all with the same parallel layout."""
 
-    installed: list[Any] = field(default_factory=list)
+    session: Any = None
     plan: Any = None
 
     def parse(self, argv: Sequence[str], gpu_argv: Sequence[str] = ()) -> Any:
@@ -51,16 +51,17 @@ class Builder:
         from megatron.training import arguments, global_vars
         from megatron.training.arguments import parse_and_validate_args
 
-        from megatron_patch.upstream import patch
         from megatron_patch.upstream.cpu.platform import cpu_arguments
-        from megatron_patch.upstream.hooks import install
+        from megatron_patch.upstream.patch import Session
+        from megatron_patch.upstream.width import planned
 
-        if not self.installed:
+        if self.session is None:
             arguments._print_args = lambda title, args: None
-            patch.audit_build = self._note_plan(patch.audit_build)
-            self.installed.append(install(patch.entry_hooks(self.installed)))
-        while len(self.installed) > 1:
-            self.installed.pop().remove()
+            planned.audit_build = self._note_plan(planned.audit_build)
+            self.session = Session()
+            self.session.begin()
+        while len(self.session.installed) > 1:
+            self.session.installed.pop().remove()
         global_vars.unset_global_variables()
         mla = "--multi-latent-attention"  # refused, for it cannot run; it can be built
         words = cpu_arguments([*COMMON, *(word for word in argv if word != mla)])[0]

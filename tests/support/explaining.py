@@ -45,5 +45,5 @@ def explain_all(commands: Sequence[Sequence[str]], cwd: str = "") -> list[Ended]
 
 
 def explained(pool: Pool, commands: Sequence[Sequence[str]], cwd: str = "") -> list[Ended]:
-    found: list[Ended] = pool.run(explain_all, distributed=False, commands=commands, cwd=cwd, timeout=300)[0]
+    found: list[Ended] = pool.run(explain_all, distributed=False, commands=commands, cwd=cwd)[0]
     return found

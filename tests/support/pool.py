@@ -51,9 +51,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 3.0  # seconds the other ranks get to fail by themselves, and to say how, once one has failed
-STARTUP = 300.0  # seconds the template may take to import Megatron on a busy machine
+HANGS = 1800.0  # seconds after which a job hangs, however busy the machine
+GRACE = 10.0  # seconds the other ranks get to fail by themselves, and to say how, once one has failed
+STARTUP = 1800.0  # seconds the template may take to import Megatron on a busy machine
 SHOWN = 4000  # characters of a rank's output in a failure message
+# Ends every failure's text: the two functions of Megatron that are not its own in a job.
+CHANGED = (
+    "(the pool's template replaced two functions of Megatron: get_write_results_queue forks instead of spawning, and "
+    "ArgumentGroupFactory._get_field_docstrings remembers; tests/launch/test_pretrain_gpt.py trains without both)"
+)
 # What the trainer imports at the start and, left to itself, here and there in the course of a run.
 PRELOADED = (
     "megatron.training.training",
@@ -106,7 +112,7 @@ class RankFailure(Exception):
         lines += ["then", *others[1:]] if len(others) > 1 else []
         for shown in list(self.errors) if report.timed_out else [rank]:
             lines += [f"--- the end of what rank {shown} printed ---", report.printed[shown][-SHOWN:].rstrip()]
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join([*lines, CHANGED]))
 
 
 class Pool:
@@ -122,7 +128,7 @@ class Pool:
         function: Callable[..., Any],
         *,
         ranks: int = 1,
-        timeout: float = 120.0,
+        timeout: float = HANGS,
         distributed: bool = True,
         env: dict[str, str] | None = None,
         **arguments: Any,
@@ -132,7 +138,7 @@ class Pool:
         Args:
             function: a module-level function of a module below `tests/`, or of the package.
             ranks: world size.
-            timeout: seconds after which the job is killed.
+            timeout: seconds after which the job is killed; the default only ends what hangs.
             distributed: whether torch.distributed is initialised before the call.
             env: environment variables for the ranks.
 
@@ -250,7 +256,7 @@ def _run(job: Job, connection: Connection) -> Report:
                 for rank in pending.values():
                     report.errors[rank] = "no traceback: see its stack below"
                     os.kill(pids[rank], signal.SIGUSR1)  # faulthandler prints the stack
-                time.sleep(0.5)
+                _wait_for_stacks([folder / f"rank{rank}" for rank in pending.values()])
             break
         for receiver in [r for r in ready if isinstance(r, Connection)]:
             rank = pending.pop(receiver)
@@ -272,9 +278,22 @@ def _run(job: Job, connection: Connection) -> Report:
         code = os.waitstatus_to_exitcode(status)
         if rank in report.errors and report.errors[rank].startswith("the process died"):
             report.errors[rank] += f" (exit code {code})"
-    report.printed = [(folder / f"rank{rank}").read_text(errors="replace") for rank in range(job.ranks)]
+    report.printed = [_text(folder / f"rank{rank}") for rank in range(job.ranks)]
     shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def _text(path: Path) -> str:
+    """What a rank printed; nothing where it was killed before it opened its file."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _wait_for_stacks(files: list[Path]) -> None:
+    """Waits until faulthandler has printed into every file, which a busy machine may take its time for."""
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and not all("most recent call first" in _text(file) for file in files):
+        time.sleep(0.05)
+    time.sleep(0.5)  # for the rest of the stack
 
 
 def _rank(job: Job, rank: int, port: int, folder: Path, sender: Connection) -> None:

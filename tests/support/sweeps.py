@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+HANGS = 1800.0  # seconds after which something hangs, however busy the machine
 FAKE = str(Path(__file__).parents[1] / "support" / "fake_training.py")
 TOOL = str(Path(__file__).parents[2] / "tools" / "sweep.py")
 COMMAND = ["{python}", FAKE, "{config}"]
@@ -64,12 +65,12 @@ class Folder:
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     return process.returncode, out, err
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait until something is true."""
+def wait_for(condition: Callable[[], bool], seconds: float = HANGS) -> None:
+    """Wait until something is true; the limit only ends what hangs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen"

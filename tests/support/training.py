@@ -67,11 +67,9 @@ class Patched(Hooks):
     """A run with the patch, as a user has it."""
 
     def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
+        from megatron_patch.upstream.patch import Session
 
-        self.installed: list[Any] = []
-        self.installed.append(install(entry_hooks(self.installed)))
+        Session().begin()
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def queue(sweep: Folder) -> Folder:
     sbatch = sweep.path / "sbatch"
     sbatch.write_text(f'#!/bin/bash\necho Submitted batch job 7\nsetsid {sys.executable} {FAKE} "$1" > "$2" 2>&1 &\n')
     sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
-    sweep.queue = {"wait": "run.json", "timeout": 20, "command": [str(sbatch), "{config}", "{folder}/job.txt"]}
+    sweep.queue = {"wait": "run.json", "timeout": 1800, "command": [str(sbatch), "{config}", "{folder}/job.txt"]}
     sweep.write({"seconds": 0.5, "diverge-above": 0.05}, **sweep.queue)
     return sweep
 

@@ -36,7 +36,7 @@ def test_one_finishes_and_one_diverges(model: str, jsonl: str, tmp_path: Path) -
     preprocess(open_corpus(jsonl), load_tokenizer(model), str(tmp_path / "data"), append_eod=True)
     (tmp_path / "sweep.yaml").write_text(SWEEP.format(root=ROOT, model=model))
     words = [sys.executable, str(ROOT / "tools" / "sweep.py"), "sweep.yaml", "--workers", "2"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
 
     assert done.returncode == 0, done.stderr
     assert "2 trials: 1 finished, 1 diverged" in done.stdout

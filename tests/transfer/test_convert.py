@@ -70,9 +70,7 @@ def test_round_trip_through_explain(convert: Any, pool: Pool, tmp_path: Path) ->
     assert code == 0
     out = tmp_path / "out.yaml"
     more = ["--save", str(tmp_path), "--vocab-size", "32000", "--num-layers", "2", "--json"]
-    ended = pool.run(
-        explain_one, distributed=False, command=["--config", str(out), *more], folder=str(tmp_path), timeout=300
-    )[0]
+    ended = pool.run(explain_one, distributed=False, command=["--config", str(out), *more], folder=str(tmp_path))[0]
     found = {(g["class"], g["m"], g["lr"], g["weight_decay"]) for g in json.loads(ended)["groups"]}
     promised = {(c.role, c.m, c.lr, c.weight_decay) for c in classes(load_yaml(str(out)))}
     assert sorted(found) == [

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig
 from megatron_patch.errors import UpstreamChanged
-from megatron_patch.upstream.hooks import Hook, Installation, argument, check_version, install
+from megatron_patch.upstream.hooks import Hook, Installation, after, around, before, check_version, install
 from tests.support.pool import Pool
 
 # --- on stubs --------------------------------------------------------------------------------------------------------
@@ -240,15 +240,48 @@ def test_undone_in_reverse(stubs: tuple[ModuleType, ModuleType]) -> None:
     assert stubs[0].step(1) == ("stepped", 1)
 
 
-def test_argument_finds_a_value_however_it_is_given() -> None:
-    def function(a: int, b: int = 2, *, c: int = 3) -> None: ...
+def _add(a: int, b: int = 2, *, c: int = 3) -> int:
+    return a + b + c
 
-    assert argument(function, "a", (1,), {}) == 1
-    assert argument(function, "a", (), {"a": 1}) == 1
-    assert argument(function, "b", (1, 5), {}) == 5
-    assert argument(function, "b", (1,), {}) == 2
-    assert argument(function, "c", (1,), {"c": 7}) == 7
-    assert argument(function, "c", (1,), {}) == 3
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "seen"),
+    [((1,), {}, (1, 2, 3)), ((), {"a": 1}, (1, 2, 3)), ((1, 5), {}, (1, 5, 3)), ((1,), {"c": 7}, (1, 2, 7))],
+)
+def test_handlers_get_what_they_name_however_it_is_given(
+    args: tuple[int, ...], kwargs: dict[str, int], seen: tuple[int, int, int]
+) -> None:
+    told: list[tuple[int, ...]] = []
+    assert before(lambda *values: told.append(values), "a", "b", "c")(_add)(*args, **kwargs) == sum(seen)
+    assert after(lambda *values: told.append(values), "c", "a")(_add)(*args, **kwargs) == sum(seen)
+    assert told == [seen, (sum(seen), seen[2], seen[0])]
+
+
+def test_before_comes_first_and_after_last() -> None:
+    order: list[str] = []
+
+    def original() -> None:
+        order.append("original")
+
+    after(lambda result: order.append("after"))(before(lambda: order.append("before"))(original))()
+    assert order == ["before", "original", "after"]
+
+
+def test_around_decides_whether_and_with_what_the_original_is_called() -> None:
+    assert around(lambda call, b: -call(b=b * 10), "b")(_add)(1, c=0) == -(1 + 20 + 0)
+    assert around(lambda call: None)(_add)() is None
+    assert around(lambda call: call())(_add).__name__ == "_add"
+
+
+def test_a_handler_that_raises_keeps_the_original_from_being_called() -> None:
+    called: list[int] = []
+
+    def refuse(a: int) -> None:
+        raise ValueError(a)
+
+    with pytest.raises(ValueError, match="7"):
+        before(refuse, "a")(lambda a: called.append(a))(7)
+    assert not called
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
@@ -297,10 +330,10 @@ def contract() -> dict[str, list[str]]:
     """In a worker: each target of ours with the parameters it has, after all hooks were installed and removed."""
     import importlib
 
-    from megatron_patch.upstream.patch import entry_hooks, feature_hooks
+    from megatron_patch.upstream.patch import Session, entry_hooks, feature_hooks
 
     check_version()
-    hooks = [*entry_hooks([]), *feature_hooks(EVERYTHING)]
+    hooks = [*entry_hooks(Session()), *feature_hooks(EVERYTHING)]
     found = {}
     for h in hooks:
         module, _, name = h.target.partition(":")
@@ -395,10 +428,10 @@ def fingerprints() -> tuple[dict[str, str], dict[str, str]]:
 
     from megatron_patch.upstream.cpu import platform as cpu_platform
     from megatron_patch.upstream.cpu.megatron_stand_ins import MEGATRON_STAND_INS
-    from megatron_patch.upstream.patch import entry_hooks, feature_hooks
+    from megatron_patch.upstream.patch import Session, entry_hooks, feature_hooks
 
     hooked = {}
-    for h in [*entry_hooks([]), *feature_hooks(EVERYTHING)]:
+    for h in [*entry_hooks(Session()), *feature_hooks(EVERYTHING)]:
         module, _, name = h.target.partition(":")
         hooked[h.target] = fingerprint(getattr(importlib.import_module(module), name))
     cpu_platform.activate().deactivate()  # it is live in every worker
@@ -425,11 +458,11 @@ def test_hooked_functions_are_those_we_have_read(pool: Pool) -> None:
 
 def second_installation() -> str:
     """In a worker: what a second `run` in one process is told."""
-    from megatron_patch.upstream.patch import entry_hooks
+    from megatron_patch.upstream.patch import Session
 
-    install(entry_hooks([]))
+    Session().begin()
     try:
-        install(entry_hooks([]))
+        Session().begin()
     except UpstreamChanged as error:
         return str(error)
     return ""

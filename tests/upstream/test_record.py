@@ -64,11 +64,9 @@ class Recorded(Hooks):
         self.contents: list[dict[str, Any]] = []
 
     def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
+        from megatron_patch.upstream.patch import Session
 
-        self.installed: list[Any] = []
-        self.installed.append(install(entry_hooks(self.installed)))
+        Session().begin()
 
     def read(self) -> None:
         path = self.folder / "run.json"

@@ -57,10 +57,10 @@ def _install_hooks() -> None:
     """Every hook there is, with a rule that changes nothing: both exponents are 0."""
     from megatron_patch.config import Settings, WidthConfig
     from megatron_patch.upstream.hooks import install
-    from megatron_patch.upstream.patch import entry_hooks, feature_hooks
+    from megatron_patch.upstream.patch import Session, entry_hooks, feature_hooks
 
     identity = WidthConfig("custom", base_hidden_size=1, lr_exponent=0.0, wd_exponent=0.0)
-    install([*entry_hooks([]), *feature_hooks(Settings(width=identity))])
+    install([*entry_hooks(Session()), *feature_hooks(Settings(width=identity))])
 
 
 _prepare()

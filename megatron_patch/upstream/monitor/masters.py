@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.views import MasterSlice
 from megatron_patch.upstream.width.audit import child_optimizers
+from megatron_patch.upstream.width.groups import schedule_key
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,12 @@ class Master:
     slice_group: dist.ProcessGroup | None
     """The ranks among which a distributed optimizer has cut it up; None if every rank holds the whole."""
     param_group: str
-    """Key of the param group, see `group_key`; empty where this rank owns nothing of the parameter."""
-
-
-def group_key(group: dict[str, Any]) -> str:
-    """Return what tells param groups with different schedules apart: the same text on every rank."""
-    return " ".join(f"{key}={group.get(key)!r}" for key in ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult"))
+    """Key of the param group, see `schedule_key`; empty where this rank owns nothing of the parameter."""
 
 
 def live_hyperparameters(optimizer: Any) -> dict[str, tuple[float, float]]:
-    """Return learning rate and weight decay of the coming step by `group_key`; every rank has every group."""
-    return {group_key(group): (float(group["lr"]), float(group["weight_decay"])) for group in optimizer.param_groups}
+    """Return learning rate and weight decay of the coming step by `schedule_key`; every rank has every group."""
+    return {schedule_key(group): (float(group["lr"]), float(group["weight_decay"])) for group in optimizer.param_groups}
 
 
 def find_masters(optimizer: Any) -> Callable[[torch.nn.Parameter], Master]:
@@ -98,7 +94,7 @@ def _whole(parameter: torch.nn.Parameter, read: Callable[[], Tensor], child: Any
 
 
 def _key(child: Any, group: int) -> str:
-    return group_key(child.optimizer.param_groups[group])
+    return schedule_key(child.optimizer.param_groups[group])
 
 
 def _own_data(parameter: torch.nn.Parameter) -> Callable[[], Tensor]:

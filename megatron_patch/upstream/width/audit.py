@@ -6,25 +6,11 @@ from typing import Any
 
 import torch
 
-from megatron_patch.config import WarmupConfig, WidthConfig, options_of
+from megatron_patch.config import WarmupConfig, WidthConfig
 from megatron_patch.errors import AuditError, ConfigError
-from megatron_patch.upstream.hooks import argument
+from megatron_patch.upstream.hooks import after, before
+from megatron_patch.upstream.width.groups import TOLERANCE, identifier
 from megatron_patch.upstream.width.plan import Plan
-
-_TOLERANCE = 1e-9
-"""Relative; the live values are the planned ones up to the rounding of one or two float64 products."""
-
-IDENTIFIER_KEYS = (
-    "wd_mult",
-    "lr_mult",
-    "is_expert_parallel",
-    "is_decoupled_lr",
-    "max_lr",
-    "min_lr",
-    "start_wd",
-    "end_wd",
-)
-"""What Megatron matches saved and live param groups by (0.19's, a superset of earlier ones)."""
 
 # Initial weights are over when there is a checkpoint; the length of a warmup the scheduler compares, in steps.
 _NOT_COMPARED = ("init_scaling", "extra_warmup_iters", "extra_warmup_fraction")
@@ -94,7 +80,7 @@ def audit_build(plan: Plan, optimizer: Any) -> None:
     for child in child_optimizers(optimizer) if plan.width.active else ():
         seen: dict[tuple[Any, ...], dict[str, Any]] = {}
         for group in child.optimizer.param_groups:
-            key = tuple(group.get(name) for name in IDENTIFIER_KEYS)
+            key = identifier(group)
             if key in seen:
                 raise AuditError(
                     f"two param groups share lr_mult={group['lr_mult']}, wd_mult={group['wd_mult']} and Megatron would "
@@ -176,7 +162,7 @@ def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
 
 def _compare(name: str, rule: str, live: Mapping[str, float], expected: Mapping[str, float]) -> None:
     for field, value in expected.items():
-        if not math.isclose(live[field], value, rel_tol=_TOLERANCE, abs_tol=0.0):
+        if not math.isclose(live[field], value, rel_tol=TOLERANCE, abs_tol=0.0):
             raise AuditError(
                 f"{name}: the optimizer has {field} = {live[field]:.12g}, but --width-scaling {rule} gives {value:.12g}"
             )
@@ -282,22 +268,20 @@ def adopt_live_groups(optimizer: Any) -> None:
     groups out of its way.
     """
     for child in child_optimizers(optimizer):
-        shard, load = child.sharded_state_dict, child.load_state_dict
 
-        def without_groups(*args: Any, shard: Any = shard, **kwargs: Any) -> Any:
-            state_dict = shard(*args, **kwargs)
-            if argument(shard, "is_loading", args, kwargs):
-                inner = state_dict.get("optimizer", state_dict)
-                if isinstance(inner, dict):  # else one object of the whole, read as it was saved
-                    inner.pop("param_groups", None)
-            return state_dict
-
-        def adopting(state_dict: dict[str, Any], child: Any = child, load: Any = load) -> None:
+        def keep_groups(state_dict: dict[str, Any], child: Any = child) -> None:
             inner = state_dict.get("optimizer", state_dict)
             saved = inner["param_groups"]
             step = {key: saved[0][key] for key in ("step",) if saved and key in saved[0]}
             live = child.optimizer.state_dict()["param_groups"]
             inner["param_groups"] = [{**group, **step} for group in live]
-            load(state_dict)
 
-        child.sharded_state_dict, child.load_state_dict = without_groups, adopting
+        child.sharded_state_dict = after(_leave_groups_out, "is_loading")(child.sharded_state_dict)
+        child.load_state_dict = before(keep_groups, "state_dict")(child.load_state_dict)
+
+
+def _leave_groups_out(state_dict: dict[str, Any], is_loading: bool) -> None:
+    if is_loading:
+        inner = state_dict.get("optimizer", state_dict)
+        if isinstance(inner, dict):  # else one object of the whole, read as it was saved
+            inner.pop("param_groups", None)

@@ -155,16 +155,16 @@ def fail_to_plan_on_one_rank() -> None:
     """Set up with a layer on rank 1 whose width is not what its name says."""
     import torch
 
-    from megatron_patch.upstream import patch
+    from megatron_patch.upstream.width import planned
 
-    original = patch.describe
+    original = planned.describe
 
     def after_meddling(model: Any, config: Any, *rest: Any) -> Any:
         if torch.distributed.get_rank() == 1:
             config.ffn_hidden_size = 100
         return original(model, config, *rest)
 
-    patch.describe = after_meddling
+    planned.describe = after_meddling
     Builder().build([*ARGV, "--tensor-model-parallel-size", "2"])
 
 

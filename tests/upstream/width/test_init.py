@@ -130,16 +130,16 @@ def test_both_copies_of_a_tied_embedding_stay_equal(pool: Pool):
 
 def odd_layer(argv: list[str]) -> None:
     """Set up a model whose linear_fc1 was not drawn with Megatron's std."""
-    from megatron_patch.upstream import patch
+    from megatron_patch.upstream.width import planned
     from tests.support.training import global_names
 
-    original = patch.describe
+    original = planned.describe
 
     def after_meddling(model: Any, *rest: Any) -> Any:
         global_names(model)["decoder.layers.0.mlp.linear_fc1.weight"].data.mul_(3)
         return original(model, *rest)
 
-    patch.describe = after_meddling
+    planned.describe = after_meddling
     Builder().build(argv)
 
 

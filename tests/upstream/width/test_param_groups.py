@@ -29,7 +29,7 @@ def test_every_parameter_gets_what_its_own_fan_in_says(model: str, tensor_parall
     """The live groups after set-up, for every rule; split over two ranks a wrong (local) fan-in would halve m."""
     layout = TWO_RANKS if tensor_parallel == 2 else ""
     runs = [argv(model, case, layout) for case in CASES.values()]
-    ranks = pool.run(build_all, ranks=tensor_parallel, runs=runs, directory=str(tmp_path), timeout=300)
+    ranks = pool.run(build_all, ranks=tensor_parallel, runs=runs, directory=str(tmp_path))
     for results in ranks:
         for (name, case), (values, _) in zip(CASES.items(), results, strict=True):
             assert_same(values, expected(model, case), name)

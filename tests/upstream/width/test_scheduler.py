@@ -293,11 +293,10 @@ class SkipsTheThird(Hooks):
     """Installs the package; the third optimizer step fails as one with an fp16 overflow does."""
 
     def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
+        from megatron_patch.upstream.patch import Session, entry_hooks
 
-        installed: list[Any] = []
-        installed.append(install(tuple(h for h in entry_hooks(installed) if "compile" not in h.target)))
+        session = Session()
+        session.add(tuple(h for h in entry_hooks(session) if "compile" not in h.target))
 
     def built(self, run: Run) -> None:
         self.lrs: list[float] = []

@@ -97,7 +97,7 @@ def override_facts() -> dict[str, Any]:
     from megatron.core.optimizer import get_standard_config_overrides, optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_patch.upstream.width.audit import IDENTIFIER_KEYS
+    from megatron_patch.upstream.width.groups import IDENTIFIER_KEYS
     from megatron_patch.upstream.width.plan import config_overrides
     from tests.support.training import global_names
 
@@ -200,17 +200,17 @@ def test_no_min_lr_is_none_at_all(pool: Pool):
 
 def frozen(words: Sequence[str], part: str) -> None:
     """Set up with everything frozen but the parameters whose name contains `part`."""
-    from megatron_patch.upstream import patch
+    from megatron_patch.upstream.width import planned
     from tests.support.training import global_names
 
-    original = patch.describe
+    original = planned.describe
 
     def after_freezing(model: Any, *rest: Any) -> Any:
         for name, parameter in global_names(model).items():
             parameter.requires_grad_(part in name)
         return original(model, *rest)
 
-    patch.describe = after_freezing
+    planned.describe = after_freezing
     Builder().build(words)
 
 
@@ -224,15 +224,15 @@ def test_a_rule_that_scales_nothing_is_an_error(pool: Pool):
 
 def misnamed(words: Sequence[str], attribute: str, value: int) -> None:
     """Set up with a model that has another dimension than its config says."""
-    from megatron_patch.upstream import patch
+    from megatron_patch.upstream.width import planned
 
-    original = patch.describe
+    original = planned.describe
 
     def after_meddling(model: Any, config: Any, *rest: Any) -> Any:
         setattr(config, attribute, value)
         return original(model, config, *rest)
 
-    patch.describe = after_meddling
+    planned.describe = after_meddling
     Builder().build(words)
 
 
@@ -269,10 +269,10 @@ def unknown_layer(words: Sequence[str]) -> list[tuple[str, float, str]]:
     """(Name, m) of a layer of another name, and what was printed about it."""
     import torch
 
-    from megatron_patch.upstream import patch
+    from megatron_patch.upstream.width import planned
     from tests.support.training import global_names
 
-    original, said = patch.describe, []
+    original, said = planned.describe, []
 
     def after_adding(model: Any, *rest: Any) -> Any:
         mlp = model[0].module.decoder.layers[0].mlp
@@ -284,7 +284,7 @@ def unknown_layer(words: Sequence[str]) -> list[tuple[str, float, str]]:
 
     import megatron.training
 
-    patch.describe = after_adding
+    planned.describe = after_adding
     megatron.training.print_rank_0 = said.append
     built = Builder().build(words)
     novelty = next(p.spec for p in built.plan.parameters if "novelty" in p.spec.name)
@@ -411,11 +411,10 @@ class Watched(Hooks):
     """Installs the package and keeps what the optimizer was going to use when the run (re)started."""
 
     def before_arguments(self) -> None:
-        from megatron_patch.upstream.hooks import install
-        from megatron_patch.upstream.patch import entry_hooks
+        from megatron_patch.upstream.patch import Session, entry_hooks
 
-        installed: list[Any] = []
-        installed.append(install(tuple(h for h in entry_hooks(installed) if "compile" not in h.target)))
+        session = Session()
+        session.add(tuple(h for h in entry_hooks(session) if "compile" not in h.target))
 
     def built(self, run: Run) -> None:
         self.values = live(run)
