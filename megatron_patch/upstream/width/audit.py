@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.config import WarmupConfig, WidthConfig
+from megatron_patch.config import WarmupConfig, WidthConfig, options_of
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.upstream.hooks import after, before
 from megatron_patch.upstream.width.groups import TOLERANCE, identifier
