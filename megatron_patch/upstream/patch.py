@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_patch.config import Settings
+from megatron_patch.errors import AuditError
 from megatron_patch.upstream import flags
 from megatron_patch.upstream.datasets import skip_compile_helpers
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
@@ -56,14 +57,22 @@ class Session:
         self.add(feature_hooks(settings))
         self.active = True
 
+    def check(self) -> None:
+        """Make sure that `remove` can restore everything.
+
+        Raises:
+            UpstreamChanged: somebody replaced one of our replacements in the meantime.
+        """
+        for installation in self.installed:
+            installation.check()
+
     def remove(self) -> None:
         """Restore every original, the last replaced first. Twice is harmless.
 
         Raises:
             UpstreamChanged: somebody replaced one of our replacements in the meantime; nothing is restored then.
         """
-        for installation in self.installed:
-            installation.check()
+        self.check()
         while self.installed:
             self.installed.pop().remove()
         self.active = False
@@ -195,12 +204,22 @@ class _Run:
             self._told.add(note)
 
     def set_up(self, built: Any) -> None:
+        """Audit what was built and loaded, and begin what is written along the way; a collective call.
+
+        Raises:
+            AuditError: the optimizer does not hold the plan, or was built without one.
+        """
         from megatron.training import get_args
 
         model, optimizer, scheduler = built
         planned, metrics, args = self._planned, self._settings.metrics, get_args()
-        if optimizer is None or planned is None:
+        if optimizer is None:
             return
+        if planned is None:  # a script that builds its optimizer in another way would train without the rule, unseen
+            raise AuditError(
+                "the optimizer was not built by get_megatron_optimizer, where every parameter gets its LR and weight "
+                "decay; let Megatron's setup_model_and_optimizer build it, or drop the width-transfer flags"
+            )
         planned.audit(optimizer, scheduler)
         self._recorder = Recorder(planned, optimizer, metrics.directory, args)
         directory = metrics.directory

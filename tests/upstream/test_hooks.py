@@ -1,5 +1,6 @@
 """Hooks: everything is checked before anything is touched, and everything can be undone. And they fit real Megatron."""
 
+import argparse
 import hashlib
 import inspect
 import sys
@@ -472,3 +473,90 @@ def test_installing_twice_on_real_megatron(pool: Pool) -> None:
     assert pool.run(second_installation, distributed=False) == [
         "megatron.training.arguments:add_megatron_arguments is hooked already: install megatron_patch once per process"
     ]
+
+
+def session_from_begin_to_end() -> dict[str, Any]:
+    """In a worker: whether the hooks of a function from each list are there, along the life of a session."""
+    from megatron.training import arguments, training
+
+    from megatron_patch.upstream import flags
+    from megatron_patch.upstream.patch import Session
+
+    def hooked() -> tuple[bool, bool]:
+        return hasattr(arguments.validate_args, "_megatron_patch"), hasattr(training.train, "_megatron_patch")
+
+    asked = Settings()
+    flags.validate = lambda args: asked
+    arguments.validate_args = lambda args: args  # Megatron's own validation is not what is looked at
+    originals = arguments.validate_args, training.train
+    parsers: list[Any] = []
+    session = Session()
+    found: dict[str, Any] = {"before": (hooked(), session.active)}
+    session.begin(parsers.append)
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
+    found["begun"] = (hooked(), session.active, len(parsers))
+    arguments.validate_args(None)
+    found["nothing asked for"] = (hooked(), session.active)
+    asked = Settings(EVERYTHING.width)
+    arguments.validate_args(None)
+    found["a rule asked for"] = (hooked(), session.active)
+    ours, training.train = training.train, lambda: None
+    for name, attempt in (("check", session.check), ("remove", session.remove)):
+        try:
+            attempt()
+        except UpstreamChanged as error:
+            found[name] = (str(error), hooked(), session.active)
+    training.train = ours
+    session.check()
+    session.remove()
+    found["removed"] = (hooked(), session.active, (arguments.validate_args, training.train) == originals)
+    session.remove()
+    session.begin()
+    found["begun again"] = (hooked(), session.active)
+    return found
+
+
+def test_a_session_installs_what_is_asked_for_and_removes_all_or_nothing(pool: Pool) -> None:
+    (found,) = pool.run(session_from_begin_to_end, distributed=False)
+    # The function that is put on top of ours has no mark; validation, which is removed last, must be left as it was.
+    covered = (
+        "megatron.training.training:train was replaced again after megatron_patch; undo that first",
+        (True, False),
+        True,
+    )
+    assert found == {
+        "before": ((False, False), False),
+        "begun": ((True, False), False, 1),
+        "nothing asked for": ((True, False), False),
+        "a rule asked for": ((True, True), True),
+        "check": covered,
+        "remove": covered,
+        "removed": ((False, False), False, True),
+        "begun again": ((True, False), False),
+    }
+
+
+def set_up_without_a_plan() -> list[str]:
+    """In a worker: what is said to an optimizer that was built behind our back, and to none at all."""
+    from megatron.training import global_vars
+
+    from megatron_patch.errors import AuditError
+    from megatron_patch.upstream.patch import feature_hooks
+
+    global_vars._GLOBAL_ARGS = object()
+    said = []
+    for optimizer in (None, object()):
+        (hook,) = (h for h in feature_hooks(EVERYTHING) if h.target.endswith(":setup_model_and_optimizer"))
+        set_up = hook.wrap(lambda optimizer=optimizer: ("model", optimizer, "scheduler"))
+        try:
+            said.append(str(set_up()[0]))
+        except AuditError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_optimizer_without_a_plan_is_refused(pool: Pool) -> None:
+    """Else a run that asked for a rule would go on without it, and without an audit."""
+    ((evaluation, training),) = pool.run(set_up_without_a_plan, distributed=False)
+    assert evaluation == "model"  # evaluation alone has no optimizer
+    assert training.startswith("the optimizer was not built by get_megatron_optimizer")
