@@ -12,7 +12,6 @@ from megatron_patch.upstream.hooks import after, before
 from megatron_patch.upstream.width.groups import TOLERANCE, identifier
 from megatron_patch.upstream.width.plan import Plan
 
-<<<<<<< HEAD
 # Initial weights are over when there is a checkpoint; the length of a warmup the scheduler compares, in steps.
 _NOT_COMPARED = ("init_scaling", "extra_warmup_iters", "extra_warmup_fraction")
 
@@ -21,8 +20,6 @@ def _compared(settings: type) -> tuple[tuple[str, Any], ...]:
     return tuple((one.name, one.default) for one in options_of(settings) if one.name not in _NOT_COMPARED)
 
 
-=======
->>>>>>> hooks
 _CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
     *_compared(WidthConfig),
     ("use_mup", False),
