@@ -3,11 +3,12 @@
 import argparse
 import ast
 import inspect
+import json
 import math
 import re
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch import config, errors
-from megatron_patch.config import BASE_DIMENSIONS, Settings, WarmupConfig, WidthConfig
+from megatron_patch.config import BASE_DIMENSIONS, Settings, WarmupConfig, WidthConfig, options
+from megatron_patch.config import metrics as config_metrics
+from megatron_patch.config import warmup as config_warmup
+from megatron_patch.config import width as config_width
 from megatron_patch.errors import ConfigError
 from megatron_patch.theory.width import ROLES, RULES, Rule, multipliers
-from megatron_patch.upstream import flags
+from megatron_patch.upstream import flags, refusals
 from tests.support.flags import parser
 from tests.support.pool import Pool
 
@@ -78,6 +82,28 @@ def namespace(argv: str | list[str], **megatron: Any) -> argparse.Namespace:
 def test_no_new_flags() -> None:
     added = {option for action in parser()._actions for option in action.option_strings} - {"-h", "--help"}
     assert added == FLAGS
+
+
+def test_the_parser_says_what_it_has_always_said() -> None:
+    """Names, order, types, defaults, choices and help, frozen when they were still written out one by one."""
+    frozen = json.loads((Path(__file__).parent / "golden/flags.json").read_text())
+    group = parser()._action_groups[-1]
+    found = [
+        {
+            "flag": list(action.option_strings),
+            "dest": action.dest,
+            "action": type(action).__name__,
+            "nargs": action.nargs,
+            "type": getattr(action.type or str, "__name__", ""),
+            "default": action.default,
+            "choices": None if action.choices is None else list(action.choices),
+            "metavar": action.metavar,
+            "help": action.help,
+        }
+        for action in group._group_actions
+    ]
+    assert group.title == frozen["title"]
+    assert found == frozen["flags"]
 
 
 def test_every_other_fan_in_has_a_base_flag() -> None:
@@ -407,6 +433,10 @@ def test_every_refusal_has_a_case() -> None:
     ) as caught:
         WidthConfig(rule="cubic").validate()
     met.add((str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1))
+    # It converts as well.
+    with pytest.raises(ConfigError, match=r"^--vector-lr high: expected a number; correct the value") as caught:
+        Settings.of({"vector_lr": "high"})
+    met.add((str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1))
     # Before there is a namespace.
     with pytest.raises(ConfigError, match=r"^--yaml-cfg with --lr-width-exponent: expected no flag beside") as caught:
         flags.refuse_yaml_cfg(["--yaml-cfg", "x", "--lr-width-exponent=1"])
@@ -414,7 +444,7 @@ def test_every_refusal_has_a_case() -> None:
 
     sites = {
         (file, range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        for module in (config, flags)
+        for module in (config_width, config_warmup, config_metrics, options, flags, refusals)
         for file, line in raising_lines(module)
         for node in ast.walk(ast.parse(Path(file).read_text()))
         if isinstance(node, ast.Raise) and node.lineno == line
@@ -516,7 +546,7 @@ def test_mup_takes_the_lr_and_leaves_us_the_weight_decay() -> None:
     ],
 )
 def test_metrics_folder(given: dict[str, str], directory: str | None) -> None:
-    assert flags.metrics_directory(SimpleNamespace(**given)) == directory
+    assert Settings.of(given).metrics.directory == directory
 
 
 def test_folder_of_somebody_elses_alone_writes_nothing() -> None:
@@ -564,8 +594,8 @@ def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
         scale_output_layer=False,
         scale_adam_eps=True,
         init_scaling="fan-in",
-        override=True,
     )
+    assert settings.override
     assert settings.warmup == WarmupConfig("exp", 21, None, "width-dependent")
     assert settings.metrics == config.MetricsConfig(22, 23, "qkv", 24, "here", True, "there", 2.5, 26)
     assert settings.cpu
@@ -586,6 +616,77 @@ def test_resuming_with_other_numbers_needs_megatrons_consent_too() -> None:
     )
     flags.validate(arguments)
     assert not arguments.override_opt_param_scheduler
+
+
+# --- one reader ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    """Whoever holds the arguments: a namespace of before a flag was added, a run.json of another program, a file."""
+    assert Settings.of({}) == Settings()
+    assert Settings.of(dict.fromkeys(option.name for option in config.OPTIONS)) == Settings()
+    assert Settings.of({option.name: option.default for option in config.OPTIONS}) == Settings()
+    assert Settings.of(vars(parser().parse_args([]))) == Settings()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"width_scaling": "sqrt", "base_hidden_size": "64", "vector_lr": "1e-3", "extra_warmup_iters": 5},
+        {"width_scaling": "custom", "lr_width_exponent": 1, "alignment_layers": 3, "metrics_dir": "x", "cpu": True},
+    ],
+)
+def test_a_file_is_read_as_the_command_line_is(arguments: dict[str, Any]) -> None:
+    """YAML takes 1e-3 for a text and 3 for a number; `run` makes words of them."""
+    words = [f"{config.flag(name)}" + ("" if value is True else f"={value}") for name, value in arguments.items()]
+    assert Settings.of(arguments) == Settings.of(vars(parser().parse_args(words)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base_hidden_size", "64.0"),
+        ("base_hidden_size", 64.0),
+        ("base_ffn_hidden_size", True),
+        ("vector_lr", "high"),
+        ("vector_lr", [0.1]),
+        ("alignment_layers", ["a"]),
+        ("scale_adam_eps", "yes"),
+        ("no_scale_output_layer", 1),
+        ("extra_warmup", {}),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.of({name: value})
+    assert str(caught.value).startswith(f"{config.flag(name)} {value}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        (WarmupConfig(kind="linear"), "--extra-warmup linear"),
+        (WarmupConfig("exp", 5, scope="some"), "--extra-warmup-scope some"),
+        (WidthConfig(init_scaling="fan-out"), "--init-scaling fan-out"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused_without_a_parser(setting: WarmupConfig | WidthConfig, flag: str) -> None:
+    base = WidthConfig("sqrt", 32)
+    refused = Settings(base, setting) if isinstance(setting, WarmupConfig) else Settings(setting)
+    with pytest.raises(ConfigError, match=f"^{flag}: expected one of .*; choose one of them"):
+        refused.validate()
+
+
+def test_megatrons_mup_alone_is_the_rule_standard_without_the_head() -> None:
+    width = Settings.of({"use_mup": True, "mup_base_hidden_size": 16}).width
+    assert width.mup_alone
+    assert width.described.base_hidden_size == 16
+    assert (width.trained_by()("decoder.x"), width.trained_by()("output_layer")) == (RULES["standard"], RULES["none"])
+    with_ours = {"use_mup": True, "mup_base_hidden_size": 16, "width_scaling": "independent", "base_hidden_size": 16}
+    width = Settings.of(with_ours).width
+    assert not width.mup_alone
+    assert width.described == width
+    assert (width.trained_by()("x"), width.trained_by()("output_layer")) == (RULES["independent"], RULES["none"])
 
 
 # --- any combination -------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_no_room_is_too_big() -> None:
         ("megatron_patch/metrics/x.py", "from megatron_patch import upstream", "may not import"),
         ("megatron_patch/metrics/x.py", "import torch\ntorch.add = None", "attribute of torch"),
         ("megatron_patch/metrics/x.py", "from torch import Tensor as T\nsetattr(T, 'x', 1)", "of torch.Tensor"),
-        ("megatron_patch/config.py", "import yaml", "config may not import yaml"),
+        ("megatron_patch/config/x.py", "import yaml", "config may not import yaml"),
         ("megatron_patch/files/x.py", "from megatron_patch.runs.trial import Trial", "files may not import"),
         ("megatron_patch/report/x.py", "from megatron.training import get_args", "report may not import megatron"),
         ("megatron_patch/report/x.py", "from megatron_patch.entry.run import run", "may not import"),

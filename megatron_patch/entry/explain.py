@@ -257,7 +257,7 @@ def why(held: "Held", dry: "DryRun") -> str:
     named = f" ({spec.dimension})" if spec.dimension else ""
     unknown = " (unknown layer: ratio of the hidden sizes)"
     origin = f"fan-in {spec.fan_in} / {spec.base_fan_in:g}{unknown if held.assumed else named}"
-    if dry.args.use_mup and dry.table["rule"] == "none":
+    if width.mup_alone:
         return f"{origin}, Megatron's --use-mup" if spec.role == "matrix" else "not scaled by Megatron's --use-mup"
     if dry.table["rule"] == "none" or (spec.role == "output" and not width.scale_output_layer):
         return "base lr, base decay"

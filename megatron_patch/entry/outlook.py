@@ -144,7 +144,7 @@ def product(dry: DryRun, matrices: Sequence[Matrix]) -> Iterator[str]:
 def megatrons_mup(dry: DryRun, matrices: Sequence[Matrix]) -> Iterator[str]:
     """--use-mup without a rule of ours."""
     widest = max((matrix.m for matrix in matrices), default=1.0)
-    if dry.args.use_mup and dry.table["rule"] == "none" and widest != 1:
+    if dry.settings.width.mup_alone and widest != 1:
         yield (
             "--use-mup alone is the rule standard: Megatron divides LR and eps by m and leaves the weight decay, so "
             f"lr * weight decay goes as m^-1, {1 / widest:.3g} of the base model's at m = {widest:g}; add "

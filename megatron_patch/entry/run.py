@@ -10,6 +10,7 @@ from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from megatron_patch.config import Settings
 from megatron_patch.entry.exits import exit_code
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import flag_name, load_yaml
@@ -229,10 +230,10 @@ def refuse_unread_flags(script: str, arguments: Sequence[str], session: "Session
     Raises:
         ConfigError: `arguments` ask for something, and the script never had them validated, so that nothing was done.
     """
-    from megatron_patch.upstream.flags import add_arguments, settings_from_args
+    from megatron_patch.upstream.flags import add_arguments
 
     ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(arguments)
-    if settings_from_args(ours).active and not session.active:
+    if Settings.of(vars(ours)).active and not session.active:
         raise ConfigError(
             "SCRIPT.py",
             script,

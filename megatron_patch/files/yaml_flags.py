@@ -16,6 +16,11 @@ def flag_name(text: str) -> str:
     return text.removeprefix("--").replace("_", "-")
 
 
+def attributes(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags by the names that argparse gives their values: ``num-layers`` -> ``num_layers``."""
+    return {name.replace("-", "_"): value for name, value in flags.items()}
+
+
 def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """Return the flags in a YAML file, with dashes or underscores in the names and without a leading ``--``.
 

@@ -30,12 +30,10 @@ def label(trial: Trial) -> str:
     >>> label(Trial(256, 0.01, 3.0, rule="standard", arguments={"extra_warmup": "exp"}))
     'standard + exp warmup'
     """
-    rule, arguments = trial.rule, trial.arguments
-    if rule == "custom":
-        exponents = [arguments.get(name) for name in ("lr_width_exponent", "wd_width_exponent")]
-        rule += f" ({exponents[0]}, {exponents[1]})" if None not in exponents else ""
-    warmup = arguments.get("extra_warmup") or "none"
-    return rule if warmup == "none" else f"{rule} + {warmup} warmup"
+    rule, width, warmup = trial.rule, trial.settings.width, trial.settings.warmup
+    if rule == "custom" and width.lr_exponent is not None and width.wd_exponent is not None:
+        rule += f" ({width.lr_exponent}, {width.wd_exponent})"
+    return f"{rule} + {warmup.kind} warmup" if warmup.active else rule
 
 
 @dataclass(frozen=True)

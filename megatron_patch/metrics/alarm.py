@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.lines import FADED, AlignmentLine, CheckLine, read_lines
 from megatron_patch.files.run_json import RUN_JSON, RunJson
 from megatron_patch.files.whole import NotAsWritten, as_written
 from megatron_patch.metrics.derive import Line, weight_rms
 from megatron_patch.theory.deviation import UNKNOWN, Trained, likely_cause
-from megatron_patch.theory.width import RULES, Rule
+from megatron_patch.theory.width import Rule
 
 FILE = "transfer_check.jsonl"
 QUANTITIES = {"relative_update": "relative update", "relative_representation_change": "RRC"}
@@ -87,7 +88,7 @@ def read_proxy(folder: str) -> Proxy:
         if total is None:
             raise NotAsWritten("train_iterations is None")
         with as_written():
-            rule = rules_of(run.arguments)
+            rule = Settings.of(run.arguments).width.trained_by()
     except OSError as error:
         raise unusable(f"run.json: {error.strerror}") from None
     except ValueError as error:
@@ -128,32 +129,12 @@ _MEASURED: dict[str, Callable[[Any], float | None]] = {
 }
 
 
-def rules_of(arguments: Mapping[str, Any]) -> Callable[[str], Rule]:
-    """Return which rule each linear layer of a run is trained by.
-
-    Args:
-        arguments: Megatron's, ours included, by attribute name.
-
-    Raises:
-        KeyError: a rule that this version does not know.
-    """
-    name = arguments.get("width_scaling") or "none"
-    mup = bool(arguments.get("use_mup"))
-    if name == "custom":
-        a, b = (float(arguments[key] or 0.0) for key in ("lr_width_exponent", "wd_width_exponent"))
-        rule = Rule(name, a, b, "")
-    else:
-        rule = RULES["standard" if mup and name == "none" else name]
-    output = RULES["none"] if mup or arguments.get("no_scale_output_layer") else rule
-    return lambda layer: output if layer.startswith("output_layer") else rule
-
-
 class TransferCheck:
     """Compares every measurement of a run with its proxy's at the same fraction of training.
 
     Args:
         proxy: the reference run.
-        rule: layer -> the rule it is trained by here, of `rules_of`.
+        rule: layer -> the rule it is trained by here, of `WidthConfig.trained_by`.
         train_iterations: of this run.
         factor: > 1; a ratio above it, or below 1 over it, is a deviation.
         count: after how many deviations of a layer's quantity in a row it is warned of.

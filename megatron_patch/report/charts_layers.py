@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,13 @@ from megatron_patch.report.drawing import Line, Picture, draw_lines
 from megatron_patch.report.layers import layer_kind, lines_by_kind, measurable_updates
 from megatron_patch.runs.run import Run
 from megatron_patch.runs.tensorboard import Series
-from megatron_patch.theory.schedules import decay_away, decay_away_step, equilibrium_factors, exp_increasing
+from megatron_patch.theory.schedules import (
+    decay_away,
+    decay_away_factors,
+    decay_away_step,
+    equilibrium_factors,
+    exp_increasing,
+)
 
 MOST_LAYERS = 6
 """Layers of one kind that one picture tells apart; of more, this many evenly spaced ones are drawn."""
@@ -83,21 +89,21 @@ def warmup_pictures(run: Run) -> list[Picture]:
     rates = _schedule(run, steps)
     if rates is None or max(rates) * decay >= 1:
         return []
-    kind = str(arguments.get("extra_warmup") or "none")
+    warmup, base = run.settings.warmup, run.settings.width.base_hidden_size
     at = sorted({*range(0, steps, max(1, steps // MOST_POINTS)), steps - 1})
-    fan_in = arguments.get("init_scaling") == "fan-in"
-    start = 1 / math.sqrt(arguments["base_hidden_size"]) if fan_in else float(arguments.get("init_method_std", 0.02))
+    fan_in = run.settings.width.init_scaling == "fan-in"
+    start = 1 / math.sqrt(base) if fan_in and base else float(arguments.get("init_method_std", 0.02))
     implied = list(equilibrium_factors(((rate, decay) for rate in rates), run.m, start))
-    factors = {"implicit": implied, "decay-away": list(_decay_away(rates, decay, run.m))}
-    length = _exp_steps(run, steps)
-    if kind == "exp" and length is not None:
+    factors = {"implicit": implied, "decay-away": list(decay_away_factors(rates, decay, run.m))}
+    length = warmup.steps(steps)
+    if warmup.kind == "exp" and length is not None:
         factors["exp"] = [exp_increasing(t, length, run.m) for t in range(steps)]
     lines = [
-        Line(f"{name} (in use)" if name == kind else name, at, [values[t] for t in at])
+        Line(f"{name} (in use)" if name == warmup.kind else name, at, [values[t] for t in at])
         for name, values in factors.items()
     ]
     said = "; ".join(f"{line.name} {line.y[0]:.3g} at first, {line.y[len(at) // 2]:.3g} half-way" for line in lines)
-    used = "no extra warmup is in use" if kind == "none" else f"{kind} multiplies the LR"
+    used = f"{warmup.kind} multiplies the LR" if warmup.active else "no extra warmup is in use"
     return [
         Picture(
             "Extra warmups",
@@ -107,20 +113,6 @@ def warmup_pictures(run: Run) -> list[Picture]:
             "updates by itself (eq. 38); decay-away: eq. 15.",
         )
     ]
-
-
-def _exp_steps(run: Run, steps: int) -> int | None:
-    given, share = (run.arguments.get(f"extra_warmup_{name}") for name in ("iters", "fraction"))
-    if given is not None:
-        return int(given)
-    return None if share is None else math.ceil(round(float(share) * steps, 6))
-
-
-def _decay_away(rates: Sequence[float], decay: float, m: float) -> Iterator[float]:
-    product = 1.0
-    for rate in rates:
-        yield decay_away(product, m)
-        product = decay_away_step(product, rate, decay)
 
 
 def _schedule(run: Run, steps: int) -> list[float] | None:
@@ -133,17 +125,16 @@ def _schedule(run: Run, steps: int) -> list[float] | None:
     peak = float(run.arguments["lr"])
     rates = _interpolated(logged[role], steps, bool(run.arguments.get("lr_warmup_iters")))
     rates = [rate / peaks[role] * peak for rate in rates]
-    arguments = run.arguments
-    kind = arguments.get("extra_warmup") or "none"
-    if kind == "none" or arguments.get("extra_warmup_scope") == "width-dependent":
+    warmup = run.settings.warmup
+    if not warmup.active or warmup.scope == "width-dependent":
         return rates
-    length = _exp_steps(run, steps)
-    if kind == "exp":
+    if warmup.kind == "exp":
+        length = warmup.steps(steps)
         return None if length is None else [r / exp_increasing(t, length, run.m) for t, r in enumerate(rates)]
     product, plain = 1.0, []
     for rate in rates:  # decay-away's factor follows from the plain LRs before it
         plain.append(rate / decay_away(product, run.m))
-        product = decay_away_step(product, plain[-1], float(arguments.get("weight_decay") or 0.0))
+        product = decay_away_step(product, plain[-1], float(run.arguments.get("weight_decay") or 0.0))
     return plain
 
 

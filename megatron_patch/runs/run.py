@@ -8,8 +8,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON, HyperparameterTable
 from megatron_patch.files.lines import AlignmentLine, EquilibriumLine, SublayerLine, read_lines
@@ -50,16 +52,21 @@ class Run:
     notes: tuple[str, ...]
     """What a reader of the numbers should know: missing or unfinished files."""
 
+    @cached_property
+    def settings(self) -> Settings:
+        """What our flags were."""
+        return Settings.of(self.arguments)
+
     @property
     def rule(self) -> str:
         """The width-scaling rule."""
-        return str(self.arguments.get("width_scaling") or "none")
+        return self.settings.width.rule
 
     @property
     def m(self) -> float:
         """Width over the width of the base model; 1 without a base."""
-        base = self.arguments.get("base_hidden_size")
-        return float(self.arguments["hidden_size"]) / float(base) if base else 1.0
+        base = self.settings.width.base_hidden_size
+        return float(self.arguments["hidden_size"]) / base if base else 1.0
 
     @property
     def train_loss(self) -> Series:
@@ -179,6 +186,7 @@ def _arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         if not (isinstance(arguments[name], int) and 0 < arguments[name] < 2**53):
             raise ValueError(f"{name} is {arguments[name]!r}")
     int(arguments.get("tensorboard_log_interval") or 1)
+    Settings.of(arguments)
     return arguments
 
 

@@ -8,9 +8,10 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
-from megatron_patch.config import WIDTH_RULES
+from megatron_patch.config import WIDTH_RULES, Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import RunJson, Status
 from megatron_patch.files.whole import NotAsWritten, as_written
@@ -42,6 +43,11 @@ class Trial:
     arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """All of Megatron's arguments, where known."""
 
+    @cached_property
+    def settings(self) -> Settings:
+        """What our flags were, where the arguments are known."""
+        return Settings.of(self.arguments)
+
     @property
     def diverged(self) -> bool:
         """Whether there is no finite loss."""
@@ -62,13 +68,14 @@ def trial_of_run(file: RunJson) -> Trial:
     try:
         arguments, status, loss = file.arguments, file.status, file.final_loss
         with as_written():
+            width = Settings.of(arguments).width
             trial = _checked_trial(
                 hidden_size=int(arguments["hidden_size"]),
                 lr=float(arguments["lr"]),
                 loss=DIVERGED if status == Status.DIVERGED or loss is None else loss,
                 weight_decay=float(arguments["weight_decay"]),
-                rule=str(arguments.get("width_scaling") or "none"),
-                vector_lr=None if arguments.get("vector_lr") is None else float(arguments["vector_lr"]),
+                rule=width.rule,
+                vector_lr=width.vector_lr,
                 seed=int(arguments["seed"]),
                 steps=file.train_iterations,
                 source=file.path,

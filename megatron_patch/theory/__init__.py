@@ -39,6 +39,7 @@ from megatron_patch.theory.schedules import (
     equilibrium_factors,
     exp_increasing,
     linear_warmup_linear_decay,
+    warmup_length,
 )
 from megatron_patch.theory.transfer import (
     BATCH_RULES,
@@ -56,6 +57,7 @@ from megatron_patch.theory.width import (
     Role,
     Rule,
     multipliers,
+    rule,
 )
 
 __all__ = [
@@ -96,8 +98,10 @@ __all__ = [
     "relative_update",
     "relative_update_without_decay",
     "rho_after",
+    "rule",
     "steps_to_equilibrium",
     "top_singular_value_scale",
     "trajectory",
+    "warmup_length",
     "weight_decay_factor",
 ]

@@ -35,6 +35,26 @@ def exp_increasing(t: float, warmup_steps: float, m: float) -> float:
     return m ** (t / warmup_steps - 1) if t < warmup_steps else 1.0
 
 
+def warmup_length(fraction: float, total_steps: int) -> int:
+    """Return T_W, in steps, of a warmup that takes a fraction of the run: rounded up.
+
+    Args:
+        fraction: of the run, in [0, 1].
+        total_steps: length of the run.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    >>> warmup_length(0.07, 100), warmup_length(0.1, 3)
+    (7, 1)
+    """
+    if not (0 <= fraction <= 1 and total_steps >= 0):
+        raise ValueError(
+            f"fraction {fraction}, total_steps {total_steps}: expected 0 <= fraction <= 1, total_steps >= 0"
+        )
+    return math.ceil(round(fraction * total_steps, 6))  # rounded first, since 0.07 * 100 is a little more than 7
+
+
 def decay_away(product: float, m: float) -> float:
     """Return the decay-away warmup factor from the share of the squared initial weights that is left.
 

@@ -40,6 +40,23 @@ RULES: dict[str, Rule] = {
 }
 
 
+def rule(name: str, a: float | None = None, b: float | None = None) -> Rule:
+    """Return a rule by its name; `a` and `b` are the exponents of the rule custom, and of no other.
+
+    Raises:
+        KeyError: there is no such rule.
+        ValueError: custom without an exponent.
+
+    >>> rule("sqrt").wd_exponent, rule("custom", 1.0, 0.25).wd_exponent
+    (0.5, 0.25)
+    """
+    if name != "custom":
+        return RULES[name]
+    if a is None or b is None:
+        raise ValueError(f"exponents {a}, {b}: expected two numbers for the rule custom")
+    return Rule("custom", a, b, "--lr-width-exponent, --wd-width-exponent")
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """What the rule needs to know of one parameter of the whole, unsharded model."""

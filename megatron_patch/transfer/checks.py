@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.files.yaml_flags import attributes
 from megatron_patch.runs.trial import Trial
 
 _RUN = "train a proxy that has the target's"
@@ -50,7 +51,7 @@ class Training:
     @classmethod
     def of_flags(cls, flags: Mapping[str, Any]) -> "Training":
         """Read a config's flags (with dashes), absent ones being Megatron's defaults."""
-        return cls(_values({name.replace("-", "_"): value for name, value in flags.items()}))
+        return cls(_values(attributes(flags)))
 
     @classmethod
     def of_proxy(cls, used: Sequence[Trial], proxy: Mapping[str, Any] | None) -> "Training":

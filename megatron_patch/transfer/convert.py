@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.whole import write_text
-from megatron_patch.files.yaml_flags import load_yaml
+from megatron_patch.files.yaml_flags import attributes, load_yaml
 from megatron_patch.runs.read import read_trials
 from megatron_patch.runs.wandb import WANDB_NOTE
-from megatron_patch.theory.width import RULES, Role, Rule, multipliers
+from megatron_patch.theory.width import Role, multipliers
 from megatron_patch.transfer.checks import Training
 from megatron_patch.transfer.plan import Conversion, Options, plan_conversion
 from megatron_patch.transfer.yaml_edit import edit
@@ -95,29 +96,28 @@ def classes(flags: Mapping[str, Any]) -> list[ClassValue]:
     (``python -m megatron_patch explain``) shows every parameter.
     """
     lr, decay = float(flags["lr"]), float(flags["weight-decay"])
-    name = str(flags["width-scaling"])
-    rule = RULES.get(name) or Rule(name, float(flags["lr-width-exponent"]), float(flags["wd-width-exponent"]), "custom")
-    m = float(flags["hidden-size"]) / float(flags.get("base-hidden-size") or flags["hidden-size"])
-    embedding_decay = flags.get("embedding-weight-decay")
+    width = Settings.of(attributes(flags)).width
+    hidden = float(flags["hidden-size"])
+    m = hidden / (width.base_hidden_size or hidden)
+    embedding_decay = width.embedding_weight_decay
     sizes = Training.of_flags(flags).values
 
     def value(role: Role, layers: str, m: float) -> ClassValue:
         factors = multipliers(
-            rule,
+            width.scaling,
             role,
             m,
-            vector_lr=float(flags.get("vector-lr") or lr) / lr,
-            embedding_weight_decay=None if embedding_decay is None else float(embedding_decay) / (decay or 1),
-            scale_output=not flags.get("no-scale-output-layer"),
+            vector_lr=(width.vector_lr or lr) / lr,
+            embedding_weight_decay=None if embedding_decay is None else embedding_decay / (decay or 1),
+            scale_output=width.scale_output_layer,
         )
         return ClassValue(role, layers, m, lr * factors.lr, decay * factors.weight_decay)
 
     found = [value("embedding", "embeddings", 1.0), value("vector", "gains, biases", 1.0)]
     by_m: dict[float, list[str]] = {m: ["fan-in hidden size"]}
     for dimension, layer in _FAN_INS.items():
-        base = flags.get("base-" + dimension.replace("_", "-"))
-        size = sizes.get(dimension)
-        by_m.setdefault(float(size) / float(base) if base and size else m, []).append(layer)
+        base, size = width.base_dimensions.get(dimension), sizes.get(dimension)
+        by_m.setdefault(float(size) / base if base and size else m, []).append(layer)
     found += [value("matrix", ", ".join(layers), own) for own, layers in by_m.items()]
     if flags.get("untie-embeddings-and-output-weights"):
         found.append(value("output", "LM head", m))

@@ -1,12 +1,14 @@
 """From a proxy's sweep to a target's config: which flags change, to what, and why; see docs/transfer-config.md."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_patch.config import BASE_DIMENSIONS, WIDTH_RULES, WidthConfig
+from megatron_patch.config import BASE_DIMENSIONS, WIDTH_RULES, Settings
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.yaml_flags import attributes
 from megatron_patch.fit.optimum import NoOptimum, Optimum, Ridge, fit_lr, fit_lr_weight_decay
 from megatron_patch.runs.trial import Trial
 from megatron_patch.theory.transfer import (
@@ -367,15 +369,10 @@ def _warmup(target: Mapping[str, Any], rule: str, m: float, options: Options, wa
 
 
 def _validate(flags: Mapping[str, Any]) -> None:
-    """The checks that a run makes of these flags, now."""
-    WidthConfig(
-        rule=str(flags["width-scaling"]),
-        base_hidden_size=flags.get("base-hidden-size"),
-        base_dimensions={n: int(flags[k]) for n in BASE_DIMENSIONS if (k := "base-" + n.replace("_", "-")) in flags},
-        lr_exponent=flags.get("lr-width-exponent"),
-        wd_exponent=flags.get("wd-width-exponent"),
-        vector_lr=flags.get("vector-lr"),
-    ).validate(warmup=flags.get("extra-warmup", "none") != "none")
+    """Check our flags against each other as a run does, but for the metrics folder, which may be named only then."""
+    settings = Settings.of(attributes(flags))
+    metrics = replace(settings.metrics, directory=settings.metrics.directory or os.devnull)
+    replace(settings, metrics=metrics).validate()
 
 
 def _round(value: float) -> float:

@@ -1,4 +1,4 @@
-"""The argument group "width transfer" in Megatron's own parser, and its way into a `Settings` object."""
+"""The argument group "width transfer" in Megatron's own parser, and what of Megatron's contradicts it."""
 
 import argparse
 import functools
@@ -8,22 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_patch.config import (
-    BASE_DIMENSIONS,
-    INIT_SCALINGS,
-    SCOPES,
-    WARMUPS,
-    WIDTH_RULES,
-    MetricsConfig,
-    Settings,
-    WarmupConfig,
-    WidthConfig,
-    flag,
-)
+from megatron_patch.config import OPTIONS, MetricsConfig, Settings, WarmupConfig, WidthConfig, flag, options_of
 from megatron_patch.errors import ConfigError
-from megatron_patch.files.run_json import METRICS_FOLDER
 from megatron_patch.metrics.alarm import read_proxy
-from megatron_patch.upstream.refusals import _check_optimizer
+from megatron_patch.upstream.refusals import Feature, refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -32,70 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     No flag may be called like a field of Megatron's config dataclasses: Megatron copies such attributes.
     """
     group = parser.add_argument_group(title="width transfer")
-    add = group.add_argument
-    add("--width-scaling", choices=WIDTH_RULES, default="none", help="rule for LR and weight decay across width")
-    add("--base-hidden-size", type=int, help="hidden size of the proxy; required by any rule but none")
-    for name, meaning in BASE_DIMENSIONS.items():
-        add(flag(f"base_{name}"), type=int, help=f"the proxy's {meaning}; default: the same ratio as the hidden sizes")
-    add("--lr-width-exponent", type=float, help="a of lr = base * m^-a; only with --width-scaling custom")
-    add("--wd-width-exponent", type=float, help="b of weight decay = base * m^b; only with --width-scaling custom")
-    add("--vector-lr", type=float, help="peak LR of embeddings, gains and biases; default: --lr")
-    add("--embedding-weight-decay", type=float, help="weight decay of embeddings; default: what the rule says")
-    add("--no-scale-output-layer", action="store_true", help="the LM head keeps the base LR and weight decay")
-    add("--scale-adam-eps", action="store_true", help="eps = --adam-eps * m^-a")
-    add(
-        "--init-scaling",
-        choices=INIT_SCALINGS,
-        default="megatron",
-        help="fan-in: std 1/sqrt(own global fan-in) for every linear layer, 1/sqrt(hidden) for embeddings",
-    )
-    add("--extra-warmup", choices=WARMUPS, default="none", help="factor 1/m -> 1 on top of the LR schedule")
-    add("--extra-warmup-iters", type=int, help="length of --extra-warmup exp in optimizer steps")
-    add("--extra-warmup-fraction", type=float, help="length of --extra-warmup exp as a fraction of the iterations")
-    add(
-        "--extra-warmup-scope",
-        choices=SCOPES,
-        default="all",
-        help="all parameters, or only those whose LR or weight decay depends on width",
-    )
-    add("--alignment-interval", type=int, default=0, help="measure alignment every N iterations; 0 = off")
-    add(
-        "--alignment-tokens",
-        type=int,
-        help="sampled tokens per data-parallel rank; default: 1/64 of the rank's tokens in a step, at least 64",
-    )
-    add("--alignment-layers", default=".*", help="regular expression: only layers whose name matches are measured")
-    add("--spectral-interval", type=int, default=0, help="measure top singular values every N iterations; 0 = off")
-    add("--metrics-dir", help="folder for our files; default: transfer/ under --save, else under --tensorboard-dir")
-    add("--reference-run", help="the proxy's metrics folder: warn where this run's updates are not the proxy's")
-    add(
-        "--reference-factor",
-        type=float,
-        default=MetricsConfig.reference_factor,
-        help="with --reference-run: how far updates may be from the proxy's, as a factor",
-    )
-    add(
-        "--reference-count",
-        type=int,
-        default=MetricsConfig.reference_count,
-        help="with --reference-run: warn after this many measurements in a row beyond the factor",
-    )
-    add(
-        "--no-report",
-        action="store_true",
-        help="leave out the report (report.html, report.png) that a run with metrics ends with",
-    )
-    add(
-        "--override-width-scaling",
-        action="store_true",
-        help="resume although rule, base, exponents, LR or weight decay differ from the checkpoint's",
-    )
-    add("--cpu", action="store_true", help="run on CPU with gloo; refused where CUDA is present")
-    add(
-        "--allow-untested-megatron",
-        action="store_true",
-        help="try a Megatron version that this package was not tested with",
-    )
+    for one in OPTIONS:
+        if one.kind is bool:
+            group.add_argument(one.flag, action="store_true", help=one.help)
+        else:
+            group.add_argument(one.flag, type=one.kind, choices=one.choices, default=one.default, help=one.help)
     return parser
 
 
@@ -126,68 +55,13 @@ def mend_help(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def settings_from_args(args: Any) -> Settings:
-    """Return the settings in Megatron's namespace `args`; an attribute that is absent means its default.
-
-    Raises:
-        ConfigError: a setting, or a combination with one of Megatron's own, that cannot be honoured.
-    """
-
-    def get(name: str, default: Any = None) -> Any:
-        return getattr(args, name, default)
-
-    bases = {name: get(f"base_{name}") for name in BASE_DIMENSIONS}
-    rule = get("width_scaling", "none")
-    megatrons_mup = bool(get("use_mup", False)) and rule != "none"
-    width = WidthConfig(
-        rule=rule,
-        base_hidden_size=get("base_hidden_size"),
-        base_dimensions={name: size for name, size in bases.items() if size is not None},
-        lr_exponent=get("lr_width_exponent"),
-        wd_exponent=get("wd_width_exponent"),
-        vector_lr=get("vector_lr"),
-        embedding_weight_decay=get("embedding_weight_decay"),
-        # Megatron's own muP never scales the LM head and always scales eps.
-        scale_output_layer=not (get("no_scale_output_layer", False) or megatrons_mup),
-        scale_adam_eps=get("scale_adam_eps", False) or megatrons_mup,
-        init_scaling=get("init_scaling", "megatron"),
-        override=get("override_width_scaling", False),
-    )
-    warmup = WarmupConfig(
-        kind=get("extra_warmup", "none"),
-        iters=get("extra_warmup_iters"),
-        fraction=get("extra_warmup_fraction"),
-        scope=get("extra_warmup_scope", "all"),
-    )
-    metrics = MetricsConfig(
-        alignment_interval=get("alignment_interval", 0),
-        alignment_tokens=get("alignment_tokens"),
-        alignment_layers=get("alignment_layers", ".*"),
-        spectral_interval=get("spectral_interval", 0),
-        directory=metrics_directory(args),
-        record=bool(get("metrics_dir")),
-        reference_run=get("reference_run"),
-        reference_factor=get("reference_factor", MetricsConfig.reference_factor),
-        reference_count=get("reference_count", MetricsConfig.reference_count),
-    )
-    return Settings(width, warmup, metrics, cpu=get("cpu", False))
-
-
 # What --use-checkpoint-args brings back: what decides LR, weight decay, eps and initial weights, not what is measured.
 # The second are meant for one value of the first and are left alone where the command line gives it another one.
+_ALONE = ("vector_lr", "embedding_weight_decay", "init_scaling")
 _RESTORED: dict[str, tuple[str, ...]] = {
-    "width_scaling": (
-        "base_hidden_size",
-        *(f"base_{name}" for name in BASE_DIMENSIONS),
-        "lr_width_exponent",
-        "wd_width_exponent",
-        "no_scale_output_layer",
-        "scale_adam_eps",
-    ),
-    "vector_lr": (),
-    "embedding_weight_decay": (),
-    "init_scaling": (),
-    "extra_warmup": ("extra_warmup_iters", "extra_warmup_fraction", "extra_warmup_scope"),
+    "width_scaling": tuple(one.name for one in options_of(WidthConfig) if one.name not in ("width_scaling", *_ALONE)),
+    **dict.fromkeys(_ALONE, ()),
+    "extra_warmup": tuple(one.name for one in options_of(WarmupConfig) if one.name != "extra_warmup"),
 }
 _EITHER = {"extra_warmup_iters": "extra_warmup_fraction", "extra_warmup_fraction": "extra_warmup_iters"}
 
@@ -232,21 +106,13 @@ def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_args_from_checkpoint
 
 
-def metrics_directory(args: Any) -> str | None:
-    """Return the folder for our files: --metrics-dir, else ``transfer/`` under --save, else under --tensorboard-dir."""
-    if getattr(args, "metrics_dir", None):
-        return str(args.metrics_dir)
-    parent = getattr(args, "save", None) or getattr(args, "tensorboard_dir", None)
-    return os.path.join(parent, METRICS_FOLDER) if parent else None
-
-
 def validate(args: Any) -> Settings:
     """Check our flags against each other and against Megatron's, after Megatron's own validation.
 
     Raises:
         ConfigError: on the first setting that cannot be honoured.
     """
-    settings = settings_from_args(args)
+    settings = Settings.of(vars(args))
     settings.validate()
     try:
         re.compile(settings.metrics.alignment_layers)
@@ -257,12 +123,14 @@ def validate(args: Any) -> Settings:
     if settings.metrics.reference_run is not None:
         _check_reference(settings.metrics)
     if settings.active:
-        _check_optimizer(args)
+        refuse(Feature.ANY, vars(args))
         _check_learning_rates(args, settings.width)
         _check_initialisation(args, settings.width)
         if getattr(args, "use_mup", False) and settings.width.active:
             _check_mup(args, settings.width)
-    if settings.width.override and not getattr(args, "use_checkpoint_opt_param_scheduler", False):
+    if settings.metrics.active:
+        refuse(Feature.METRICS, vars(args))
+    if settings.override and not getattr(args, "use_checkpoint_opt_param_scheduler", False):
         # Megatron's scheduler compares its own peak LR and weight decay with the checkpoint's and would refuse.
         args.override_opt_param_scheduler = True
     return settings
@@ -320,10 +188,7 @@ def _check_initialisation(args: Any, width: WidthConfig) -> None:
 
 def _check_mup(args: Any, width: WidthConfig) -> None:
     """Megatron scales LR and eps by its one global m; this package then adds the weight decay only."""
-    exponent = {"standard": 1.0, "independent": 1.0, "sqrt-decay": 1.0, "no-decay": 1.0}.get(width.rule)
-    if width.rule == "custom":
-        exponent = width.lr_exponent
-    if exponent != 1.0:
+    if width.scaling.lr_exponent != 1.0:
         raise ConfigError(
             "--use-mup",
             f"with --width-scaling {width.rule}",

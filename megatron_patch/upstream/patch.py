@@ -15,7 +15,6 @@ from megatron_patch.upstream.datasets import skip_compile_helpers
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
 from megatron_patch.upstream.monitor.monitor import AlignmentMonitor, watch
 from megatron_patch.upstream.record import Recorder, writing
-from megatron_patch.upstream.refusals import check_supported
 from megatron_patch.upstream.width.planned import PlannedRun, collectively
 
 _TRAINING = "megatron.training.training"
@@ -99,8 +98,6 @@ def entry_hooks(
 
     def check_arguments(_: Any, args: Any) -> None:
         settings = flags.validate(args)
-        if settings.metrics.active:
-            check_supported(args)
         if settings.active:
             session.apply(settings)
 

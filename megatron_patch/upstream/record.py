@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_patch.config import Settings
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON
 from megatron_patch.files.run_json import TEST, VALIDATION, RunRecord, Status
@@ -216,13 +217,11 @@ def measured_folder() -> str | None:
     """
     from megatron.training.global_vars import get_args
 
-    from megatron_patch.upstream.flags import settings_from_args
-
     try:
         args = get_args()
     except AssertionError:  # Megatron's way to say that there are none
         return None
-    metrics = settings_from_args(args).metrics
-    if not metrics.active or args.rank != args.world_size - 1 or getattr(args, "no_report", False):
+    metrics = Settings.of(vars(args)).metrics
+    if not metrics.active or args.rank != args.world_size - 1 or not metrics.report:
         return None
     return metrics.directory

@@ -1,115 +1,186 @@
-"""What the width-transfer flags cannot be honoured with."""
+"""What our flags cannot be honoured with: one table, a row for each thing that is refused."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from megatron_patch.errors import ConfigError
 
-_REFUSED: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
-    # attribute of args, flag, values that are fine, what is expected
-    ("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), "none: a replayed graph calls no hooks"),
-    ("enable_cuda_graph", "--enable-cuda-graph", (None, False), "no CUDA graphs: a replayed graph calls no hooks"),
-    ("external_cuda_graph", "--external-cuda-graph", (None, False), "no CUDA graphs: a replayed graph calls no hooks"),
-    ("optimizer_cuda_graph", "--optimizer-cuda-graph", (None, False), "an optimizer step that Python sees"),
-    ("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", (None, False), "linear layers as modules"),
-    ("use_megatron_fsdp", "--use-megatron-fsdp", (None, False), "DDP with or without the distributed optimizer"),
-    ("use_torch_fsdp2", "--use-torch-fsdp2", (None, False), "DDP with or without the distributed optimizer"),
-    ("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards", (None, 1), "1"),
-    ("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards", (None, 1), "1"),
-    ("optimizer_cpu_offload", "--optimizer-cpu-offload", (None, False), "fp32 weights on the device"),
-    (
+
+class Feature(Enum):
+    """What was asked for of this package."""
+
+    ANY = auto()
+    """Whatever changes or measures a run: width scaling, an extra warmup, metrics."""
+    METRICS = auto()
+    CPU = auto()
+
+
+_ITSELF = object()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting of Megatron's, and the feature it is refused with."""
+
+    attribute: str
+    """Its name in Megatron's namespace; with `Feature.CPU`, which is checked before there is one, the flag."""
+    flag: str
+    fine: tuple[Any, ...]
+    """Values that are not refused; to be absent is fine as well."""
+    feature: Feature
+    expected: str
+    fix: str
+    got: Any = _ITSELF
+    """What the error shows; by default the value."""
+    applies: Callable[[Mapping[str, Any]], bool] = lambda settings: True
+    """Whether the other settings make it matter at all."""
+
+
+def refuse(feature: Feature, settings: Mapping[str, Any]) -> None:
+    """Refuse what a feature that was asked for cannot be honoured with.
+
+    Args:
+        feature: what was asked for.
+        settings: Megatron's, validated, by attribute name; with `Feature.CPU` the flags as typed, with their values.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for row in TABLE:
+        if row.feature is feature and row.attribute in settings and row.applies(settings):
+            value = settings[row.attribute]
+            if value not in row.fine:
+                raise ConfigError(row.flag, value if row.got is _ITSELF else row.got, row.expected, row.fix)
+
+
+_OFF = (None, False)
+_DROP_METRICS = "drop it, or set --alignment-interval and --spectral-interval to 0"
+
+
+def _second_path(attribute: str, flag: str, reason: str) -> Refusal:
+    """A path to the parameters beside the param groups that this package audits."""
+    expected = f"not together with the width-transfer flags: {reason}"
+    return Refusal(attribute, flag, _OFF, Feature.ANY, expected, "drop one of the two", got="given")
+
+
+def _second_shards(attribute: str, flag: str) -> Refusal:
+    expected = "1 with the width-transfer flags: weights sharded a second time have no known fan-in"
+    fix = "set it to 1 or drop the width-transfer flags"
+    return Refusal(attribute, flag, (None, 0, 1), Feature.ANY, expected, fix)
+
+
+def _inexact(attribute: str, flag: str, fine: tuple[Any, ...], expected: str) -> Refusal:
+    """What the metrics cannot be exact with."""
+    return Refusal(attribute, flag, fine, Feature.METRICS, f"{expected}, while metrics are on", _DROP_METRICS)
+
+
+def _needs_gpu(flag: str, reason: str, harmless: str | None = None) -> Refusal:
+    """What only a GPU has; `harmless` is the one value that does not ask for it."""
+    expected = f"{harmless or 'no such flag'} with --cpu ({reason})"
+    return Refusal(flag, flag, (harmless,) if harmless else (), Feature.CPU, expected, CPU_FIX)
+
+
+CPU_FIX = "drop the flag, or drop --cpu and run on a GPU"
+_REBUILT = "it rebuilds the parameters and drops the attributes the rules read"
+_NO_HOOKS = "a replayed graph calls no hooks"
+
+TABLE: tuple[Refusal, ...] = (
+    Refusal(
+        "optimizer",
+        "--optimizer",
+        ("adam",),
+        Feature.ANY,
+        "adam with width scaling, extra warmups or metrics: the rules are derived for AdamW"
+        " and Muon-like optimizers carry width factors of their own",
+        "use --optimizer adam or drop the width-transfer flags",
+    ),
+    Refusal(
+        "decoupled_weight_decay",
+        "decoupled_weight_decay",  # an attribute that a script may set; there is no flag
+        (True,),
+        Feature.ANY,
+        "True (AdamW): with L2 the product of LR and weight decay has no meaning",
+        "do not set it in the script",
+    ),
+    _second_path("use_megatron_fsdp", "--use-megatron-fsdp", _REBUILT),
+    _second_path("use_torch_fsdp2", "--use-torch-fsdp2", _REBUILT),
+    _second_path("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
+    _second_shards("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
+    _second_shards("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
+    _inexact("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), f"none: {_NO_HOOKS}"),
+    _inexact("enable_cuda_graph", "--enable-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
+    _inexact("external_cuda_graph", "--external-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
+    _inexact("optimizer_cuda_graph", "--optimizer-cuda-graph", _OFF, "an optimizer step that Python sees"),
+    _inexact("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", _OFF, "linear layers as modules"),
+    _inexact(
         "num_distributed_optimizer_instances",
         "--num-distributed-optimizer-instances",
         (None, 1),
         "1: several instances are not tested",
     ),
-    ("mtp_num_layers", "--mtp-num-layers", (None, 0), "no multi-token prediction: it calls the LM head several times"),
-    ("moe_shared_expert_overlap", "--moe-shared-expert-overlap", (None, False), "shared experts on the main stream"),
-    (
-        "overlap_moe_expert_parallel_comm",
-        "--overlap-moe-expert-parallel-comm",
-        (None, False),
-        "one microbatch at a time",
+    _inexact(
+        "mtp_num_layers",
+        "--mtp-num-layers",
+        (None, 0),
+        "no multi-token prediction: it calls the LM head several times",
     ),
-    ("moe_single_grouped_weight", "--moe-single-grouped-weight", (None, False), "one weight per expert"),
-    (
+    _inexact("moe_shared_expert_overlap", "--moe-shared-expert-overlap", _OFF, "shared experts on the main stream"),
+    _inexact(
+        "overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", _OFF, "one microbatch at a time"
+    ),
+    _inexact("moe_single_grouped_weight", "--moe-single-grouped-weight", _OFF, "one weight per expert"),
+    _inexact(
         "moe_pad_expert_input_to_capacity",
         "--moe-pad-expert-input-to-capacity",
-        (None, False),
+        _OFF,
         "experts without padding between their tokens",
     ),
-    (
+    _inexact(
         "moe_router_padding_for_quantization",
         "--moe-router-padding-for-quantization",
-        (None, False),
+        _OFF,
         "experts that get only the tokens routed to them",
     ),
+    Refusal(
+        "moe_token_dispatcher_type",
+        "--moe-token-dispatcher-type",
+        ("alltoall", "allgather"),
+        Feature.METRICS,
+        "alltoall or allgather while metrics are on: the order of an expert's tokens must be known",
+        _DROP_METRICS,
+        applies=lambda settings: bool(settings.get("num_experts")),
+    ),
+    Refusal(
+        "sequence_parallel",
+        "--sequence-parallel",
+        (True,),
+        Feature.METRICS,
+        "the flag, with experts and tensor parallelism",
+        "add it",
+        got=None,
+        applies=lambda settings: bool(settings.get("num_experts")) and settings["tensor_model_parallel_size"] > 1,
+    ),
+    _needs_gpu("--fp8-format", "fp8 needs Transformer Engine"),
+    _needs_gpu("--fp4-format", "fp4 needs Transformer Engine"),
+    _needs_gpu("--multi-latent-attention", "the local spec's attention does not take the head sizes of MLA"),
+    _needs_gpu("--use-flash-attn", "flash attention is a CUDA kernel"),
+    _needs_gpu("--moe-grouped-gemm", "grouped GEMM needs Transformer Engine"),
+    _needs_gpu("--moe-permute-fusion", "the fused permutation needs Transformer Engine"),
+    _needs_gpu("--moe-router-fusion", "the fused router needs Transformer Engine"),
+    _needs_gpu("--cross-entropy-fusion-impl", "the te implementation needs Transformer Engine", "native"),
+    _needs_gpu("--use-precision-aware-optimizer", "it needs Transformer Engine's FusedAdam"),
+    _needs_gpu("--te-rng-tracker", "it needs Transformer Engine"),
+    _needs_gpu("--tp-comm-overlap", "it needs Transformer Engine"),
+    _needs_gpu("--enable-cuda-graph", "there are no CUDA graphs"),
+    _needs_gpu("--external-cuda-graph", "there are no CUDA graphs"),
+    _needs_gpu("--cuda-graph-impl", "there are no CUDA graphs", "none"),
+    _needs_gpu("--optimizer-cuda-graph", "there are no CUDA graphs"),
+    _needs_gpu("--use-nccl-ub", "NCCL needs GPUs"),
+    _needs_gpu("--nccl-communicator-config-path", "NCCL needs GPUs"),
+    _needs_gpu("--use-megatron-fsdp", "it allocates CUDA buffers"),
+    _needs_gpu("--use-torch-fsdp2", "it needs CUDA streams"),
+    _needs_gpu("--fine-grained-activation-offloading", "it moves tensors between GPU and host"),
+    _needs_gpu("--record-memory-history", "it records the CUDA allocator"),
 )
-
-
-def check_supported(args: Any) -> None:
-    """Refuse what the metrics cannot be exact with.
-
-    Args:
-        args: Megatron's, validated.
-
-    Raises:
-        ConfigError: names the flag.
-    """
-    fix = "drop it, or set --alignment-interval and --spectral-interval to 0"
-    for attribute, flag, fine, expected in _REFUSED:
-        value = getattr(args, attribute, None)
-        if value not in fine:
-            raise ConfigError(flag, value, f"{expected}, while metrics are on", fix)
-    if args.num_experts:
-        if args.moe_token_dispatcher_type not in ("alltoall", "allgather"):
-            raise ConfigError(
-                "--moe-token-dispatcher-type",
-                args.moe_token_dispatcher_type,
-                "alltoall or allgather while metrics are on: the order of an expert's tokens must be known",
-                fix,
-            )
-        if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-            raise ConfigError("--sequence-parallel", None, "the flag, with experts and tensor parallelism", "add it")
-
-
-def _check_optimizer(args: Any) -> None:
-    """Refuse what takes another path to the parameters than the param groups this package audits."""
-    if args.optimizer != "adam":
-        raise ConfigError(
-            "--optimizer",
-            args.optimizer,
-            "adam with width scaling, extra warmups or metrics: the rules are derived for AdamW"
-            " and Muon-like optimizers carry width factors of their own",
-            "use --optimizer adam or drop the width-transfer flags",
-        )
-    if not getattr(args, "decoupled_weight_decay", True):
-        raise ConfigError(
-            "decoupled_weight_decay",
-            False,
-            "True (AdamW): with L2 the product of LR and weight decay has no meaning",
-            "do not set it in the script",
-        )
-    for name, spelling, reason in (
-        (
-            "use_megatron_fsdp",
-            "--use-megatron-fsdp",
-            "it rebuilds the parameters and drops the attributes the rules read",
-        ),
-        ("use_torch_fsdp2", "--use-torch-fsdp2", "it rebuilds the parameters and drops the attributes the rules read"),
-        ("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
-    ):
-        if getattr(args, name, False):
-            raise ConfigError(
-                spelling, "given", f"not together with the width-transfer flags: {reason}", "drop one of the two"
-            )
-    for name, spelling in (
-        ("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
-        ("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
-    ):
-        if (getattr(args, name, 1) or 1) > 1:
-            raise ConfigError(
-                spelling,
-                getattr(args, name),
-                "1 with the width-transfer flags: weights sharded a second time have no known fan-in",
-                "set it to 1 or drop the width-transfer flags",
-            )

@@ -69,7 +69,7 @@ def scene(
         entry |= {"base_fan_in": spec.base_fan_in, "m": spec.m, **values, "eps": 1e-8}
         found.append(Held(spec, spec.shape, False, False, assumed and spec.role == "matrix", entry))
         live[values["lr"], values["weight_decay"]] = factors
-    width = WidthConfig(rule=rule, base_hidden_size=BASE_HIDDEN, init_scaling=init)
+    width = WidthConfig(rule=rule, base_hidden_size=BASE_HIDDEN, init_scaling=init, megatrons_mup=use_mup)
     warmup = WarmupConfig("exp", iters=5) if factor != 1 else WarmupConfig()
     table = {
         "rule": rule,

@@ -1,7 +1,7 @@
 """The comparison with a proxy: interpolation, rows of deviations, resuming, and folders that cannot be used."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.json_lines import JsonLines
 from megatron_patch.files.lines import AlignmentLine, CheckLine, read_lines
-from megatron_patch.metrics.alarm import FILE, QUANTITIES, Curve, Proxy, TransferCheck, collapsed, read_proxy, rules_of
+from megatron_patch.metrics.alarm import FILE, QUANTITIES, Curve, Proxy, TransferCheck, collapsed, read_proxy
 from megatron_patch.metrics.derive import KEYS
 from megatron_patch.theory.deviation import UNKNOWN
-from megatron_patch.theory.width import RULES
+from megatron_patch.theory.width import RULES, Rule
 
 PROPERTY = settings(max_examples=50, deadline=None)
 TOTAL = 100
@@ -207,6 +208,10 @@ def test_names_are_collapsed() -> None:
 
 
 # --- rules and folders -----------------------------------------------------------------------------------------------
+
+
+def rules_of(arguments: dict[str, Any]) -> Callable[[str], Rule]:
+    return Settings.of(arguments).width.trained_by()
 
 
 def test_rules_of_a_runs_arguments() -> None:

@@ -21,8 +21,8 @@ FLOORS = {
     "files": Floor(
         "what a run writes and a user types: type, writer, reader, constants together", "errors version", "yaml"
     ),
-    "config": Floor("our flags as values that know what contradicts what", "errors"),
-    "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files", "torch"),
+    "config": Floor("our flags as values that know what contradicts what", "errors theory files"),
+    "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "upstream": Floor(
         "the hooks: the only place that knows Megatron, DeepSpeed and Transformer Engine",
         "errors theory files config metrics",

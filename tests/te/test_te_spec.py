@@ -24,7 +24,7 @@ from tests.support.layouts import (
     TP2,
     differences,
 )
-from tests.support.monitored import Monitored, read_lines
+from tests.support.monitored import Monitored, allow_on_cpu, read_lines
 from tests.support.pool import Pool
 from tests.support.reference import Model, local_spec_name
 from tests.support.training import TINY, Run, train
@@ -49,7 +49,7 @@ class WithTE(Monitored):
         stand_in()
         # The refusals are right for users, who have no stand-ins for TE's forwards.
         cpu_platform.CPU_DEFAULTS = tuple(d for d in cpu_platform.CPU_DEFAULTS if d[0][0] != "--transformer-impl")
-        cpu_platform.CPU_REFUSED = tuple(r for r in cpu_platform.CPU_REFUSED if r[0] != "--moe-grouped-gemm")
+        allow_on_cpu("--moe-grouped-gemm")
         training.checksums = lambda model: {}  # it does not know the names of grouped experts
         forward_step = training._forward_step
 

@@ -18,6 +18,7 @@ from megatron_patch.theory.schedules import (
     equilibrium_factors,
     exp_increasing,
     linear_warmup_linear_decay,
+    warmup_length,
 )
 
 PROPERTY = settings(max_examples=50, deadline=None)  # no deadline: the machine may be busy
@@ -67,6 +68,19 @@ class TestExpIncreasing:
     def test_refuses(self, t: int, warmup_steps: int, m: float) -> None:
         with pytest.raises(ValueError, match="expected"):
             exp_increasing(t, warmup_steps, m)
+
+
+class TestWarmupLength:
+    @pytest.mark.parametrize(
+        ("fraction", "total", "steps"), [(0.07, 100, 7), (0.29, 100, 29), (0.1, 3, 1), (0.0, 100, 0), (1.0, 100, 100)]
+    )
+    def test_is_rounded_up_but_not_for_the_last_bit(self, fraction: float, total: int, steps: int) -> None:
+        assert warmup_length(fraction, total) == steps
+
+    @pytest.mark.parametrize(("fraction", "total"), [(-0.1, 10), (1.1, 10), (math.nan, 10), (0.5, -1)])
+    def test_refuses(self, fraction: float, total: int) -> None:
+        with pytest.raises(ValueError, match="expected"):
+            warmup_length(fraction, total)
 
 
 class TestDecayAway:

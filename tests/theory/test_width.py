@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.theory.width import ROLES, RULES, Multipliers, ParamSpec, Rule, multipliers
+from megatron_patch.theory.width import ROLES, RULES, Multipliers, ParamSpec, Rule, multipliers, rule
 
 # rule: (LR factor, weight-decay factor) of a matrix with m = 16; a and b of the papers put in by hand.
 AT_16 = {
@@ -143,3 +143,13 @@ def test_vector_lr_and_embedding_decay_touch_their_own_classes_only():
 def test_multiplier_of_a_parameter_is_that_of_its_own_fan_in(role, m):
     """176 of 64: a base fan-in need not divide the fan-in; embeddings and vectors have no multiplier."""
     assert ParamSpec("w", (24, 176), role, fan_in=176, base_fan_in=64.0).m == m
+
+
+def test_a_rule_by_its_name():
+    assert all(rule(name) is RULES[name] for name in RULES)
+    custom = rule("custom", 0.25, 0.75)
+    assert (custom.name, custom.lr_exponent, custom.wd_exponent) == ("custom", 0.25, 0.75)
+    with pytest.raises(KeyError):
+        rule("cubic")
+    with pytest.raises(ValueError, match="two numbers"):
+        rule("custom", 1.0)

@@ -289,6 +289,48 @@ def test_mistakes(convert: Any, tmp_path: Path, sweep: str | None, target: str, 
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
 
 
+BASED = MINIMAL + "width-scaling: sqrt\nweight-decay: 0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        (BASED, ["--extra-warmup", "exp"], "exactly one of the two with --extra-warmup exp"),
+        (
+            BASED + "extra-warmup: exp\nextra-warmup-iters: 5\n",
+            ["--extra-warmup-fraction", "0.25"],
+            "exactly one of the two with --extra-warmup exp",
+        ),
+        (BASED, ["--extra-warmup-fraction", "0.25"], "--extra-warmup-fraction 0.25: expected --extra-warmup exp"),
+        (BASED + "extra-warmup: linear\n", [], "--extra-warmup linear: expected one of none, exp, decay-away"),
+        (BASED + "extra-warmup-scope: width-dependent\n", [], "an --extra-warmup to restrict"),
+        (BASED + "embedding-weight-decay: -1\n", [], "--embedding-weight-decay -1.0: expected a finite number >= 0"),
+        (BASED + "init-scaling: fan-out\n", [], "--init-scaling fan-out: expected one of megatron, fan-in"),
+        (BASED + "base-hidden-size: wide\n", ["--rule", "none"], "--base-hidden-size wide: expected an integer"),
+        (BASED + "scale-adam-eps: true\n", ["--rule", "none"], "--scale-adam-eps given: expected a width rule"),
+        (BASED + "no-scale-output-layer: true\n", ["--rule", "none"], "--no-scale-output-layer given"),
+        (BASED + "alignment-tokens: 64\n", [], "--alignment-tokens 64: expected an --alignment-interval"),
+    ],
+)
+def test_what_a_run_would_refuse_is_not_written(convert: Any, target: str, options: list[str], says: str) -> None:
+    code, _, error = convert(curve(), target, *options)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ("", ["--extra-warmup", "exp", "--extra-warmup-fraction", "0.25"]),
+        ("extra-warmup: exp\nextra-warmup-iters: 5\n", []),
+        ("alignment-interval: 10\n", []),  # --metrics-dir or --save may come with the command line
+        ("vector-lr: 1e-3\nembedding-weight-decay: 1e-2\n", []),  # texts, says YAML
+    ],
+)
+def test_what_a_run_takes_is_written(convert: Any, more: str, options: list[str]) -> None:
+    code, _, error = convert(curve(), BASED + more, *options)
+    assert code == 0, error
+
+
 def test_never_over_the_target(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "s.csv").write_text(to_csv(curve()))
     (tmp_path / "t.yaml").write_text(MINIMAL)

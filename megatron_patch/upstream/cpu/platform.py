@@ -20,10 +20,10 @@ from typing import Any
 from megatron_patch.errors import ConfigError, UpstreamChanged
 from megatron_patch.upstream.cpu.megatron_stand_ins import MEGATRON_STAND_INS
 from megatron_patch.upstream.cpu.torch_stand_ins import TORCH_STAND_INS, StandIn, local_world_size
+from megatron_patch.upstream.refusals import CPU_FIX, Feature, refuse
 
 __all__ = [
     "CPU_DEFAULTS",
-    "CPU_REFUSED",
     "STAND_INS",
     "CpuPlatform",
     "activate",
@@ -78,31 +78,6 @@ CPU_DEFAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("--no-rope-fusion",), "a Transformer Engine kernel"),
 )
 
-#: Megatron flags that ask for something only a GPU has, each as (flag, the one harmless value or None, reason).
-CPU_REFUSED: tuple[tuple[str, str | None, str], ...] = (
-    ("--fp8-format", None, "fp8 needs Transformer Engine"),
-    ("--fp4-format", None, "fp4 needs Transformer Engine"),
-    ("--multi-latent-attention", None, "the local spec's attention does not take the head sizes of MLA"),
-    ("--use-flash-attn", None, "flash attention is a CUDA kernel"),
-    ("--moe-grouped-gemm", None, "grouped GEMM needs Transformer Engine"),
-    ("--moe-permute-fusion", None, "the fused permutation needs Transformer Engine"),
-    ("--moe-router-fusion", None, "the fused router needs Transformer Engine"),
-    ("--cross-entropy-fusion-impl", "native", "the te implementation needs Transformer Engine"),
-    ("--use-precision-aware-optimizer", None, "it needs Transformer Engine's FusedAdam"),
-    ("--te-rng-tracker", None, "it needs Transformer Engine"),
-    ("--tp-comm-overlap", None, "it needs Transformer Engine"),
-    ("--enable-cuda-graph", None, "there are no CUDA graphs"),
-    ("--external-cuda-graph", None, "there are no CUDA graphs"),
-    ("--cuda-graph-impl", "none", "there are no CUDA graphs"),
-    ("--optimizer-cuda-graph", None, "there are no CUDA graphs"),
-    ("--use-nccl-ub", None, "NCCL needs GPUs"),
-    ("--nccl-communicator-config-path", None, "NCCL needs GPUs"),
-    ("--use-megatron-fsdp", None, "it allocates CUDA buffers"),
-    ("--use-torch-fsdp2", None, "it needs CUDA streams"),
-    ("--fine-grained-activation-offloading", None, "it moves tensors between GPU and host"),
-    ("--record-memory-history", None, "it records the CUDA allocator"),
-)
-
 
 def cpu_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Megatron's command line `argv`, extended by the `CPU_DEFAULTS` it lacks, and one line for each that was set.
@@ -117,10 +92,7 @@ def cpu_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigError: `argv` asks for something that a CPU cannot do.
     """
     given = _given(argv)
-    for flag, harmless, reason in CPU_REFUSED:
-        if flag in given and (harmless is None or given[flag] != harmless):
-            expected = f"{'no such flag' if harmless is None else harmless} with --cpu ({reason})"
-            raise ConfigError(flag, given[flag] or "", expected, "drop the flag, or drop --cpu and run on a GPU")
+    refuse(Feature.CPU, {flag: value or "" for flag, value in given.items()})
     extended, said = list(argv), []
     for words, reason in CPU_DEFAULTS:
         flag, value = words[0], words[1] if len(words) > 1 else None
@@ -128,9 +100,7 @@ def cpu_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             extended.extend(words)
             said.append(f"--cpu sets {' '.join(words)} ({reason})")
         elif given[flag] != value:
-            raise ConfigError(
-                flag, given[flag], f"{value} with --cpu ({reason})", "drop the flag, or drop --cpu and run on a GPU"
-            )
+            raise ConfigError(flag, given[flag], f"{value} with --cpu ({reason})", CPU_FIX)
     return extended, said
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.config import Settings, WidthConfig
+from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.upstream.dry.coverage import Held, Position, merge
 from megatron_patch.upstream.dry.machine import (
@@ -28,7 +28,6 @@ from megatron_patch.upstream.dry.machine import (
     megatrons_checks,
     process_groups,
 )
-from megatron_patch.upstream.flags import settings_from_args
 from megatron_patch.upstream.record import hyperparameter_table
 from megatron_patch.upstream.width.audit import audit_build
 from megatron_patch.upstream.width.parameters import belongs_to_expert, describe
@@ -133,7 +132,7 @@ def dry_run(
         AuditError: param groups that a run would be refused for, or ranks that do not add up.
     """
     args, notes = _validated(arguments, world_size, rank)
-    settings = settings_from_args(args)
+    settings = Settings.of(vars(args))
     blueprint = _blueprint(args, gpu, notes)
     positions = all_positions(args)
     chosen = distinct(positions) if all_ranks else [positions[rank]]
@@ -281,20 +280,13 @@ class _Attention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads))
 
 
-def _described_width(args: Any, settings: Settings) -> WidthConfig:
-    """Return the width settings, with Megatron's own base size where its --use-mup stands alone."""
-    if args.use_mup and settings.width.rule == "none":
-        return replace(settings.width, base_hidden_size=args.mup_base_hidden_size)
-    return settings.width
-
-
 def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Position) -> _Built:
     """Build one rank's model and param groups, audit the groups as a run does, and read back what is in them."""
     from megatron.core.optimizer import _get_param_groups
     from megatron.training import training
 
     transformer = blueprint.config.transformer
-    width = _described_width(args, settings)
+    width = settings.width.described
     with process_groups(args, position.rank) as state:
         assert (
             Position(
@@ -383,6 +375,4 @@ def _whole_model(args: Any, settings: Settings, blueprint: _Blueprint) -> dict[s
     args.world_size = 1
     with process_groups(args, 0) as state:
         chunks = _build(replace(blueprint, config=config))
-        return {
-            p.spec.name: p.spec.shape for p in describe(chunks, transformer, _described_width(args, settings), state)
-        }
+        return {p.spec.name: p.spec.shape for p in describe(chunks, transformer, settings.width.described, state)}

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_patch.config import MetricsConfig
+from megatron_patch.config import MetricsConfig, Settings
 from megatron_patch.errors import ConfigError
-from megatron_patch.metrics.alarm import rules_of
 from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.metrics.meter import Meter
 from megatron_patch.metrics.registry import Registry, Sublayer
@@ -21,7 +20,6 @@ from megatron_patch.metrics.writers import log_scalars
 from megatron_patch.upstream.monitor.linears import find_linears
 from megatron_patch.upstream.monitor.masters import find_masters, live_hyperparameters
 from megatron_patch.upstream.monitor.sublayers import find_sublayers
-from megatron_patch.upstream.refusals import check_supported
 from megatron_patch.upstream.width.parameters import NamedParameter
 
 
@@ -66,7 +64,7 @@ class AlignmentMonitor:
         args: Megatron's arguments.
 
     Raises:
-        ConfigError: something the metrics cannot be exact with; no layer matches --alignment-layers.
+        ConfigError: no layer matches --alignment-layers.
     """
 
     def __init__(
@@ -80,7 +78,6 @@ class AlignmentMonitor:
         from megatron.core import parallel_state
         from megatron.core.utils import get_model_config
 
-        check_supported(args)
         self._settings = settings
         self._args = args
         self._optimizer = optimizer
@@ -172,7 +169,7 @@ class AlignmentMonitor:
                     settings.reference_run,
                     directory,
                     self.layers,
-                    rules_of(vars(args)),
+                    Settings.of(vars(args)).width.trained_by(),
                     args.train_iters,
                     args.iteration,
                     settings.reference_factor,

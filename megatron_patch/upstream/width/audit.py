@@ -6,38 +6,31 @@ from typing import Any
 
 import torch
 
+from megatron_patch.config import WarmupConfig, WidthConfig, options_of
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.upstream.hooks import after, before
 from megatron_patch.upstream.width.groups import TOLERANCE, identifier
 from megatron_patch.upstream.width.plan import Plan
 
+# Initial weights are over when there is a checkpoint; the length of a warmup the scheduler compares, in steps.
+_NOT_COMPARED = ("init_scaling", "extra_warmup_iters", "extra_warmup_fraction")
+
+
+def _compared(settings: type) -> tuple[tuple[str, Any], ...]:
+    return tuple((one.name, one.default) for one in options_of(settings) if one.name not in _NOT_COMPARED)
+
+
 _CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
-    ("width_scaling", "none"),
-    ("base_hidden_size", None),
-    ("base_ffn_hidden_size", None),
-    ("base_kv_projection_size", None),
-    ("base_moe_ffn_hidden_size", None),
-    ("base_moe_shared_expert_intermediate_size", None),
-    ("base_moe_latent_size", None),
-    ("base_q_lora_rank", None),
-    ("base_kv_lora_rank", None),
-    ("base_mamba_inner_size", None),
-    ("base_linear_attention_inner_size", None),
-    ("lr_width_exponent", None),
-    ("wd_width_exponent", None),
-    ("vector_lr", None),
-    ("embedding_weight_decay", None),
-    ("no_scale_output_layer", False),
-    ("scale_adam_eps", False),
+    *_compared(WidthConfig),
     ("use_mup", False),
-    ("extra_warmup", "none"),
-    ("extra_warmup_scope", "all"),
+    *_compared(WarmupConfig),
     ("lr", None),
     ("min_lr", None),
     ("start_weight_decay", None),
     ("end_weight_decay", None),
     ("adam_eps", None),
 )
+"""What a checkpoint must agree in, with the default where it has no such argument."""
 _MEGATRONS_FLAGS = ("--lr", "--min-lr", "--start-weight-decay", "--end-weight-decay", "--adam-eps", "--use-mup")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_patch.config import WidthConfig
 from megatron_patch.errors import AuditError, ConfigError
-from megatron_patch.theory.width import RULES, Multipliers, Rule, multipliers
+from megatron_patch.theory.width import Multipliers, Rule, multipliers
 from megatron_patch.upstream.width.parameters import NamedParameter, is_convolution
 
 # The layers that Megatron initialises with a smaller std the deeper the model is.
@@ -44,14 +44,6 @@ class Plan:
     """By global parameter name: the sorted items of the param-group override the parameter needs."""
 
 
-def rule_of(width: WidthConfig) -> Rule:
-    """Return the rule with its exponents; those of custom come from the flags."""
-    if width.rule != "custom":
-        return RULES[width.rule]
-    assert width.lr_exponent is not None and width.wd_exponent is not None  # WidthConfig.validate
-    return Rule("custom", width.lr_exponent, width.wd_exponent, "--lr-width-exponent, --wd-width-exponent")
-
-
 def make_plan(
     parameters: Sequence[NamedParameter],
     width: WidthConfig,
@@ -75,7 +67,7 @@ def make_plan(
         ConfigError: a weight decay of embeddings without one to be a multiple of; --use-mup for a model whose layers
             have several width multipliers.
     """
-    rule = rule_of(width)
+    rule = width.scaling
     if use_mup and width.active:
         _check_single_multiplier(parameters)
     base_min_lr = config.min_lr or 0.0

@@ -118,7 +118,7 @@ class PlannedRun:
             overrides = get_standard_config_overrides(config=config)
         optimizer = call(config_overrides={**overrides, **config_overrides(plan)})
         collectively(lambda: audit_build(plan, optimizer))
-        if settings.width.override:
+        if settings.override:
             adopt_live_groups(optimizer)
         return cls(plan, optimizer, parameter_classes(plan))
 

@@ -1,6 +1,5 @@
 """Megatron's scheduler times the extra warmup factor, with the factor's state in the checkpoint."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +12,6 @@ from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.theory.schedules import decay_away, decay_away_step, exp_increasing
 
 _STATE_KEY = "megatron_patch"
-
-
-def warmup_steps(settings: Settings, args: Any) -> int:
-    """Return T_W of the exp warmup in optimizer steps; 0 for the other kinds.
-
-    `args.train_iters` is read late: for --train-samples Megatron works it out, batch-size ramp-up included, just
-    before it builds the scheduler.
-    """
-    if settings.warmup.kind != "exp":
-        return 0
-    if settings.warmup.iters is not None:
-        return settings.warmup.iters
-    assert settings.warmup.fraction is not None  # WarmupConfig.validate
-    # Rounded, since 0.07 * 100 is a little more than 7.
-    return math.ceil(round(settings.warmup.fraction * int(args.train_iters), 6))
 
 
 @dataclass(frozen=True)
@@ -171,8 +155,9 @@ def scheduler_class(settings: Settings, get_args: Callable[[], Any]) -> type[Wid
                 kind=settings.warmup.kind,
                 scope=settings.warmup.scope,
                 m=arguments.hidden_size / (settings.width.base_hidden_size or arguments.hidden_size),
-                steps=warmup_steps(settings, arguments),
-                accept_other_checkpoints=settings.width.override,
+                # Now: for --train-samples Megatron has only just worked it out, batch-size ramp-up included.
+                steps=settings.warmup.steps(int(arguments.train_iters)) or 0,
+                accept_other_checkpoints=settings.override,
             )
             super().__init__(*args, warmup=warmup, **kwargs)
 

@@ -13,7 +13,8 @@ import pytest
 from megatron_patch.errors import ConfigError, UpstreamChanged
 from megatron_patch.upstream.cpu import platform as cpu_platform
 from megatron_patch.upstream.cpu import torch_stand_ins as cpu_torch
-from megatron_patch.upstream.cpu.platform import CPU_DEFAULTS, CPU_REFUSED, STAND_INS, cpu_arguments
+from megatron_patch.upstream.cpu.platform import CPU_DEFAULTS, STAND_INS, cpu_arguments
+from megatron_patch.upstream.refusals import TABLE, Feature
 from tests.support.pool import Pool
 from tests.support.training import MOE, TINY, Outcome, train
 
@@ -209,7 +210,7 @@ def _unknown_flags() -> list[str]:
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
-    ours = [words[0] for words, _ in CPU_DEFAULTS] + [flag for flag, *_ in CPU_REFUSED]
+    ours = [words[0] for words, _ in CPU_DEFAULTS] + [row.flag for row in TABLE if row.feature is Feature.CPU]
     return [flag for flag in ours if flag not in parser._option_string_actions]
 
 

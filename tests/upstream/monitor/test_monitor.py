@@ -182,8 +182,13 @@ FINE = {"num_experts": None, "moe_token_dispatcher_type": "alltoall", "tensor_mo
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(bad: dict[str, Any], flag: str) -> None:
-    from megatron_patch.upstream.refusals import check_supported
+    from megatron_patch.upstream.flags import validate
+    from tests.support.flags import parser
 
-    check_supported(Namespace(**FINE))
+    def metrics_beside(settings: dict[str, Any]) -> Namespace:
+        ours = parser().parse_args(["--alignment-interval", "1", "--metrics-dir", "x"])
+        return Namespace(**vars(ours), optimizer="adam", **settings)
+
+    validate(metrics_beside(FINE))
     with pytest.raises(ConfigError, match=flag):
-        check_supported(Namespace(**{**FINE, **bad}))
+        validate(metrics_beside({**FINE, **bad}))

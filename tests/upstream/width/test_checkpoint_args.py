@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.config import BASE_DIMENSIONS
 from megatron_patch.upstream import flags
+from megatron_patch.upstream.width import audit
 from tests.support.observed import ObservedWithPatch, bits
 from tests.support.pool import Pool
 from tests.support.training import TINY, train
@@ -37,6 +39,20 @@ def test_every_flag_is_restored_or_the_runs_own() -> None:
     restored = {name for leader, followers in flags._RESTORED.items() for name in (leader, *followers)}
     assert restored | NOT_RESTORED == set(vars(parsed()))
     assert not restored & NOT_RESTORED
+
+
+def test_what_is_restored_is_compared() -> None:
+    """A flag that decides LR, weight decay or eps is looked at on every resume, so that none changes unseen."""
+    restored = [name for leader, followers in flags._RESTORED.items() for name in (leader, *followers)]
+    elsewhere = {"init_scaling", "extra_warmup_iters", "extra_warmup_fraction"}
+    megatrons = {"use_mup", "lr", "min_lr", "start_weight_decay", "end_weight_decay", "adam_eps"}
+    compared = dict(audit._CHECKPOINT_KEYS)
+    assert set(compared) == set(restored) - elsewhere | megatrons
+    assert {f"base_{name}" for name in BASE_DIMENSIONS} <= set(compared)
+    defaults = vars(parsed())
+    assert {name: compared[name] for name in compared if name not in megatrons} == {
+        name: defaults[name] for name in compared if name not in megatrons
+    }
 
 
 WARM = "--extra-warmup exp --extra-warmup-iters 5 --base-hidden-size 8".split()

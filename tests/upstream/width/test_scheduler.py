@@ -271,12 +271,10 @@ def test_checkpoint_with_another_length(pool: Pool):
     assert ratio == pytest.approx(16 ** (1_000 / 2_000 - 1), rel=1e-12)
 
 
-def length_of(fraction: float, train_iters: int) -> int:
-    from megatron_patch.config import Settings, WarmupConfig
-    from megatron_patch.upstream.width.scheduler import warmup_steps
+def length_of(fraction: float, train_iters: int) -> int | None:
+    from megatron_patch.config import WarmupConfig
 
-    settings = Settings(warmup=WarmupConfig(kind="exp", fraction=fraction))
-    return warmup_steps(settings, SimpleNamespace(train_iters=train_iters))
+    return WarmupConfig(kind="exp", fraction=fraction).steps(train_iters)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""The table of what cannot be honoured: every row refuses, in the words of tests/golden/refusals.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_patch.errors import ConfigError
+from megatron_patch.upstream.cpu.platform import cpu_arguments
+from megatron_patch.upstream.flags import validate
+from megatron_patch.upstream.refusals import TABLE, Feature, refuse
+from tests.support.flags import parser
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/refusals.json").read_text())
+FINE = {
+    "optimizer": "adam",
+    "num_experts": None,
+    "moe_token_dispatcher_type": "alltoall",
+    "tensor_model_parallel_size": 1,
+    "sequence_parallel": False,
+}
+
+
+def said(feature: Feature, settings: Mapping[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        refuse(feature, {**FINE, **settings})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("settings", "text"), GOLDEN["width"])
+def test_what_no_flag_of_ours_goes_with(settings: dict[str, Any], text: str) -> None:
+    assert said(Feature.ANY, settings) == text
+    refuse(Feature.METRICS, {**FINE, **settings})
+
+
+@pytest.mark.parametrize(("settings", "text"), GOLDEN["metrics"])
+def test_what_metrics_do_not_go_with(settings: dict[str, Any], text: str) -> None:
+    assert said(Feature.METRICS, settings) == text
+    refuse(Feature.ANY, {**FINE, **settings})
+
+
+@pytest.mark.parametrize(("words", "text"), GOLDEN["cpu"])
+def test_what_a_cpu_cannot_do(words: list[str], text: str | None) -> None:
+    if text is None:
+        cpu_arguments(words)
+        return
+    with pytest.raises(ConfigError) as caught:
+        cpu_arguments(words)
+    assert str(caught.value) == text
+
+
+def test_every_row_is_among_them() -> None:
+    """Whoever adds a row adds its words to the golden file; and each row can be reached."""
+    met = {(Feature.ANY, name) for settings, _ in GOLDEN["width"] for name in settings}
+    met |= {(Feature.METRICS, name) for settings, _ in GOLDEN["metrics"] for name in settings}
+    met |= {(Feature.METRICS, "sequence_parallel")}  # refused where it is not given
+    met |= {(Feature.CPU, words[0]) for words, _ in GOLDEN["cpu"]}
+    assert {(row.feature, row.attribute) for row in TABLE} <= met
+    assert len({(row.feature, row.attribute) for row in TABLE}) == len(TABLE)
+    both = {row.attribute for row in TABLE if row.feature is Feature.ANY}
+    both &= {row.attribute for row in TABLE if row.feature is Feature.METRICS}
+    assert both == set(), "metrics are among our flags, so the second row would never be reached"
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "refused"),
+    [
+        ("", {"cuda_graph_impl": "local", "use_torch_fsdp2": True}, ""),
+        ("--metrics-dir x", {"cuda_graph_impl": "local"}, ""),
+        ("--metrics-dir x", {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ("--alignment-interval 1 --metrics-dir x", {"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ("--spectral-interval 1 --metrics-dir x", {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ("--cpu", {"cuda_graph_impl": "local"}, ""),
+    ],
+)
+def test_only_what_was_asked_for_is_checked(words: str, settings: dict[str, Any], refused: str) -> None:
+    args = parser().parse_args(words.split())
+    vars(args).update(FINE, **settings)
+    if not refused:
+        validate(args)
+        return
+    with pytest.raises(ConfigError, match=f"^{refused} "):
+        validate(args)
