@@ -3,6 +3,7 @@
 # make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
+# make test-wheel   every command of the wheel, in an environment without the checkout
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
 # make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
 # make docs         the pages of docs/ with the API, as a site in site/; fails on a link that leads nowhere
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test test-fast sweep-example test-te test-core test-megatron lint docs bench clean
+.PHONY: setup quickstart test test-fast sweep-example test-te test-core test-wheel test-megatron lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +43,9 @@ test-te:
 
 test-core: setup
 	.ci/test_core $(BIN)/python 0.17.1 0.18.2
+
+test-wheel: setup
+	.ci/test_wheel $(BIN)/python
 
 test-megatron: setup
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python tests/upstream_suite/compare.py

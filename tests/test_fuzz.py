@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,22 +71,32 @@ WORDS = st.lists(
 )
 
 
-@FUZZ
-@given(WORDS)
-def test_any_words_after_our_flags(words: list[str]) -> None:
+def test_any_words_after_our_flags() -> None:
     """Through the real parser and the real validation: a namespace that passes both, or a refusal of either."""
-    argv = [part for word in words for part in word.split(" ", 1)]
-    silent = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
-            arguments = parser().parse_args(argv)
-    except SystemExit as stop:
-        assert stop.code == 2  # noqa: PT017
-        assert "error: " in silent.getvalue()
-        return
-    arguments.optimizer, arguments.lr = "adam", 1e-2
-    with refusals():
-        flags.validate(arguments)
+    outcomes: Counter[str] = Counter()
+
+    @FUZZ
+    @given(WORDS)
+    def one(words: list[str]) -> None:
+        argv = [part for word in words for part in word.split(" ", 1)]
+        silent = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
+                arguments = parser().parse_args(argv)
+        except SystemExit as stop:
+            assert stop.code == 2  # noqa: PT017
+            assert "error: " in silent.getvalue()
+            outcomes["refused by the parser"] += 1
+            return
+        arguments.optimizer, arguments.lr = "adam", 1e-2
+        outcomes["refused by the validation"] += 1
+        with refusals():
+            flags.validate(arguments)
+            outcomes["refused by the validation"] -= 1
+            outcomes["accepted"] += bool(words)
+
+    one()
+    assert min(outcomes[way] for way in ("refused by the parser", "refused by the validation", "accepted")) > 0
 
 
 # --- files of runs ---------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def leave_report() -> None:
-    """Leave report.html and report.png beside what a training has measured; if that fails, say so and no more."""
+    """Leave report.html and report.png beside what a run has measured; if that fails, say so and no more."""
     from megatron_patch.upstream.record import measured_folder
 
     try:

@@ -27,7 +27,7 @@ MISFIT = (0.1, 0.3)
 """How far off the prediction of one point from others on both sides, and on one side, may be: parts of its height above
 the minimum."""
 NOISE = 0.0005
-"""Prior of sigma over the loss: what repeating a training with another seed typically does. It counts as one point."""
+"""Prior of sigma over the loss: what repeating a run with another seed typically does. It counts as one point."""
 CONTRAST = 3.5
 """The losses must vary by this many times their noise, and more where few points tell the noise."""
 DRAWS = 2000

@@ -33,7 +33,7 @@ def read_foreign_runs(path: str) -> tuple[Trial, ...]:
         raise ConfigError(
             path,
             f"with {len(folders)} TensorBoard folders and {len(logs)} W&B runs",
-            "one kind, or a training would count twice",
+            "one kind, or a run would count twice",
             "give the folder of one kind; TensorBoard tells validation and test loss apart",
         )
     if not logs and not folders:

@@ -17,7 +17,7 @@ from megatron_patch.files.run_json import RunJson, Status
 from megatron_patch.files.whole import NotAsWritten, as_written
 
 DIVERGED = math.nan
-"""The loss of a training that ended in numbers that are none."""
+"""The loss of a run that ended in numbers that are none."""
 
 
 @dataclass(frozen=True)
@@ -171,4 +171,4 @@ def _row(row: Mapping[str, Any], source: str) -> Trial:
     try:
         return _checked_trial(**values, source=source)
     except ValueError as error:
-        raise ConfigError(source, f"({error})", "settings of a training", "correct the line") from None
+        raise ConfigError(source, f"({error})", "settings of a run", "correct the line") from None

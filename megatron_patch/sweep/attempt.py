@@ -235,7 +235,7 @@ class Attempt:
         return time.monotonic() - self.started
 
     def ask_to_end(self) -> None:
-        """Send SIGTERM to every process of a training that was started here; a submission may finish."""
+        """Send SIGTERM to every process of a run that was started here; a submission may finish."""
         if self._process and self._process.poll() is None and self.file.wait == "command":
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGTERM)

@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Training:
-    """What is compared of a training; a value that is unknown is absent."""
+    """What is compared of a run; a value that is unknown is absent."""
 
     values: Mapping[str, Any]
     complete: bool = True

@@ -185,7 +185,7 @@ def writing[Result](directory: str, step: Callable[[], Result]) -> Result:
 
 
 def status_of(error: BaseException, last_losses: Mapping[str, float] | None) -> Status:
-    """Return the status for run.json of a training that `error` ended.
+    """Return the status for run.json of a run that `error` ended.
 
     ``stopped``: Megatron left by itself, as it does at --exit-interval. ``diverged``: a loss or gradient was NaN or Inf
     and, where Megatron repeats the step to tell it from a broken machine, was so again. ``failed``: anything else.

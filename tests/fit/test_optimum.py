@@ -38,6 +38,7 @@ def test_a_parabola_is_found_exactly() -> None:
     assert found.low <= OPTIMUM <= found.high and found.width < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "seeds"), [(0.003, 1), (0.006, 3)])
 @pytest.mark.parametrize("shape", ["parabola", "exponential"])
 def test_noise(shape: str, noise: float, seeds: int) -> None:

@@ -47,7 +47,7 @@ class _Step:
 
 
 class AlignmentMonitor:
-    """Measures a training run. All methods are called on every rank, at the same points of every step.
+    """Measures a run. All methods are called on every rank, at the same points of every step.
 
     Order of calls in one step: `begin_step` (again if forward and backward are repeated), forward and backward,
     `before_update`, the optimizer's step, `after_update`. On iterations that are not measured no hook is attached, no
