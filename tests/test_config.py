@@ -365,6 +365,13 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "the same as --base-hidden-size 32",
         "give both the hidden size of the proxy",
     ),
+    (
+        "--extra-warmup decay-away --base-hidden-size 256",
+        {"hidden_size": 64},
+        "--base-hidden-size 256",
+        "at most the model's own hidden size 64 with --extra-warmup decay-away, whose factor starts at 4, above 1",
+        "was it swapped",
+    ),
     ("--reference-run x", {}, "--reference-run x", "an --alignment-interval", "or drop this flag"),
     ("--reference-factor 2", {}, "--reference-factor 2.0", "a --reference-run", "add it or drop this flag"),
     ("--reference-count 2", {}, "--reference-count 2", "a --reference-run", "add it or drop this flag"),

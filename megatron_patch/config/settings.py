@@ -65,10 +65,14 @@ class Settings:
             or self.metrics.record
         )
 
-    def validate(self) -> None:
-        """Raise ConfigError on the first contradiction."""
+    def validate(self, hidden_size: int | None = None) -> None:
+        """Raise ConfigError on the first contradiction.
+
+        Args:
+            hidden_size: of the model, where it is known.
+        """
         self.width.validate(warmup=self.warmup.active)
-        self.warmup.validate(self.width)
+        self.warmup.validate(self.width, hidden_size)
         self.metrics.validate()
 
 

@@ -38,8 +38,13 @@ class WarmupConfig:
             return self.iters
         return None if self.fraction is None else warmup_length(self.fraction, train_iterations)
 
-    def validate(self, width: WidthConfig) -> None:
-        """Raise ConfigError on the first setting that contradicts itself or another one."""
+    def validate(self, width: WidthConfig, hidden_size: int | None = None) -> None:
+        """Raise ConfigError on the first setting that contradicts itself or another one.
+
+        Args:
+            width: which names the base.
+            hidden_size: of the model, where it is known.
+        """
         check_choices(self)
         length = {"--extra-warmup-iters": self.iters, "--extra-warmup-fraction": self.fraction}
         given = {name: value for name, value in length.items() if value is not None}
@@ -65,6 +70,14 @@ class WarmupConfig:
                 self.kind,
                 "--base-hidden-size, since the warmup starts at base_hidden_size / hidden_size",
                 "add --base-hidden-size, or drop --extra-warmup",
+            )
+        if self.active and hidden_size and width.base_hidden_size and width.base_hidden_size > hidden_size:
+            raise ConfigError(
+                "--base-hidden-size",
+                width.base_hidden_size,
+                f"at most the model's own hidden size {hidden_size} with --extra-warmup {self.kind}, whose factor"
+                f" starts at {width.base_hidden_size / hidden_size:g}, above 1",
+                "give the narrow proxy's hidden size (was it swapped with the target's?), or drop --extra-warmup",
             )
         if not self.active and self.scope != "all":
             raise ConfigError(

@@ -32,7 +32,7 @@ class WidthConfig:
     base_dimensions: Mapping[str, int] = options(
         "base_",
         {
-            name: f"the proxy's {meaning}; default: the same ratio as the hidden sizes"
+            name: f"the proxy's {meaning}; default: by the ratio of the hidden sizes, or Megatron's choice"
             for name, meaning in BASE_DIMENSIONS.items()
         },
     )

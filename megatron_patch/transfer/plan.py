@@ -372,7 +372,7 @@ def _validate(flags: Mapping[str, Any]) -> None:
     """Check our flags against each other as a run does, but for the metrics folder, which may be named only then."""
     settings = Settings.of(attributes(flags))
     metrics = replace(settings.metrics, directory=settings.metrics.directory or os.devnull)
-    replace(settings, metrics=metrics).validate()
+    replace(settings, metrics=metrics).validate(flags["hidden-size"])
 
 
 def _round(value: float) -> float:

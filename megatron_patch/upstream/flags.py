@@ -5,13 +5,14 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from megatron_patch.config import OPTIONS, MetricsConfig, Settings, WarmupConfig, WidthConfig, flag, options_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.alarm import read_proxy
 from megatron_patch.upstream.refusals import Feature, refuse
+from megatron_patch.upstream.width.bases import settle_bases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -106,14 +107,22 @@ def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_args_from_checkpoint
 
 
-def validate(args: Any) -> Settings:
+def validate(args: Any, left_out: Collection[str] = ()) -> Settings:
     """Check our flags against each other and against Megatron's, after Megatron's own validation.
+
+    Args:
+        args: Megatron's namespace; the bases of sizes that were left to Megatron are set in it.
+        left_out: which were, see `width.bases.sizes_left_out`.
 
     Raises:
         ConfigError: on the first setting that cannot be honoured.
     """
+    Settings.of(vars(args)).validate()
+    for line in settle_bases(args, left_out):
+        if args.rank == 0:
+            print(f"> {line}", flush=True)
     settings = Settings.of(vars(args))
-    settings.validate()
+    settings.validate(getattr(args, "hidden_size", None))
     try:
         re.compile(settings.metrics.alignment_layers)
     except re.error as error:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_patch.upstream.datasets import skip_compile_helpers
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
 from megatron_patch.upstream.monitor.monitor import AlignmentMonitor, watch
 from megatron_patch.upstream.record import Recorder, writing
+from megatron_patch.upstream.width.bases import sizes_left_out
 from megatron_patch.upstream.width.planned import PlannedRun, collectively
 
 _TRAINING = "megatron.training.training"
@@ -96,10 +98,13 @@ def entry_hooks(
         flags.mend_help(parser)
         return parser
 
-    def check_arguments(_: Any, args: Any) -> None:
-        settings = flags.validate(args)
+    def check_arguments(call: Callable[[], Any], args: Any) -> Any:
+        left_out = sizes_left_out(args, sys.argv[1:], megatron_parser().get_default)
+        validated = call()
+        settings = flags.validate(args, left_out)
         if settings.active:
             session.apply(settings)
+        return validated
 
     return (
         Hook(
@@ -108,7 +113,9 @@ def entry_hooks(
             around(add_arguments, "parser"),
             "add our flags",
         ),
-        Hook("megatron.training.arguments:validate_args", ("args",), after(check_arguments, "args"), "check our flags"),
+        Hook(
+            "megatron.training.arguments:validate_args", ("args",), around(check_arguments, "args"), "check our flags"
+        ),
         Hook(
             "megatron.core.datasets.utils:compile_helpers",
             (),

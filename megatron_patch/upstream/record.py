@@ -11,8 +11,9 @@ from megatron_patch.files.run_json import TEST, VALIDATION, RunRecord, Status
 from megatron_patch.files.whole import write_json
 from megatron_patch.metrics.writers import log_scalars
 from megatron_patch.upstream.width.audit import live_groups
+from megatron_patch.upstream.width.classes import live_values, parameter_classes, summary
 from megatron_patch.upstream.width.plan import Plan
-from megatron_patch.upstream.width.planned import PlannedRun, collectively, gather, live_values
+from megatron_patch.upstream.width.planned import PlannedRun, collectively, gather
 
 
 def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
@@ -85,7 +86,8 @@ class Recorder:
         self._losses: list[dict[str, float]] = []
         self._record: RunRecord | None = None
         table = hyperparameter_table(planned.plan, optimizer)
-        for line in planned.summary():
+        self._classes = parameter_classes(planned.plan, optimizer)
+        for line in summary(planned.plan, self._classes):
             print_rank_0(line)
         if directory is None:
             print_rank_0(
@@ -104,7 +106,7 @@ class Recorder:
         to_console = iteration % args.log_interval == 0
         if not (to_writer or to_console):
             return
-        values = live_values(self._planned.classes, self._planned.optimizer)
+        values = live_values(self._classes, self._planned.optimizer)
         if to_writer:
             scalars = {}
             for label, (lr, weight_decay) in values.items():

@@ -30,6 +30,7 @@ from megatron_patch.upstream.dry.machine import (
 )
 from megatron_patch.upstream.record import hyperparameter_table
 from megatron_patch.upstream.width.audit import audit_build
+from megatron_patch.upstream.width.bases import cautions, check_bases_used
 from megatron_patch.upstream.width.parameters import belongs_to_expert, describe
 from megatron_patch.upstream.width.plan import config_overrides, make_plan
 
@@ -104,6 +105,7 @@ class _Built:
     table: Mapping[str, Any]
     held: tuple[Held, ...]
     groups: tuple[Mapping[str, Any], ...]
+    cautions: tuple[str, ...]
 
 
 def dry_run(
@@ -140,6 +142,9 @@ def dry_run(
     for number, position in enumerate(chosen):
         progress(number, len(chosen))
         built.append(_on_rank(args, settings, blueprint, position))
+    notes += dict.fromkeys(f"--width-scaling: {line}" for b in built for line in b.cautions)
+    if all_ranks or args.pipeline_model_parallel_size == 1:  # else there may be layers that were not built
+        check_bases_used(settings.width, {held.spec.dimension for b in built for held in b.held})
     parameters, seen = built[0].held, built[0].where
     if all_ranks:
         held = [(position, b.held) for position, b in zip(chosen, built, strict=True)]
@@ -349,6 +354,7 @@ def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Pos
             for group in groups
             if any(id(parameter) in scaled for parameter in group["params"])
         ),
+        tuple(cautions(width, parameters)),
     )
 
 

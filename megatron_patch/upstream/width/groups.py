@@ -36,9 +36,10 @@ def schedule_key(group: Mapping[str, Any]) -> str:
 
 
 def trains_with(group: Mapping[str, Any], planned: Hyperparameters) -> bool:
-    """Return whether a live group has the peak LR, the weight decay and the eps of `planned`, up to rounding."""
+    """Return whether a live group has peak and minimum LR, weight decay and eps of `planned`, up to rounding."""
     return (
         math.isclose(group["max_lr"], planned.lr, rel_tol=TOLERANCE)
+        and math.isclose(group["min_lr"] or 0.0, planned.min_lr, rel_tol=TOLERANCE)
         and math.isclose(group["wd_mult"], planned.factors.weight_decay, rel_tol=TOLERANCE)
         and math.isclose(group.get("eps", planned.eps), planned.eps, rel_tol=TOLERANCE)
     )

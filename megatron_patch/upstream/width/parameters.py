@@ -29,6 +29,8 @@ _READS_HIDDEN = re.compile(
     r"\.(linear_qkv|linear_q|linear_kv|linear_q_proj|linear_q_down_proj|linear_kv_down_proj|linear_qkv_down_proj"
     r"|linear_fc1|router|shared_experts|fc1_latent_proj|in_proj|eh_proj|gating)\.|output_layer\."
 )
+# Where those names mean that: in the stacks of layers (also as part of a larger model), and the LM head.
+_MEGATRONS_OWN = re.compile(r"\.(decoder|encoder|mtp)\.|\.output_layer\.")
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def describe(
                 else (groups.get_tensor_model_parallel_world_size())
             )
             shape = _global_shape(parameter, tp)
-            spec, assumed = _spec(name, shape, role_of(name, parameter), dimensions, bases)
+            spec, assumed = spec_of(name, shape, role_of(name, parameter), dimensions, bases)
             yield NamedParameter(spec, parameter, modules[local_name.rpartition(".")[0]], assumed)
 
 
@@ -222,9 +224,22 @@ def _global_shape(parameter: torch.nn.Parameter, tp: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _spec(
+def spec_of(
     name: str, shape: tuple[int, ...], role: Role, dimensions: Mapping[str, int], bases: Mapping[str, float]
 ) -> tuple[ParamSpec, bool]:
+    """Return what a parameter is, and whether its base fan-in is an assumption.
+
+    Args:
+        name: in the whole model. Outside Megatron's own stacks of layers a name says nothing: a script's
+            ``vision_projection.linear_fc2`` is no MLP of the model's.
+        shape: in the whole model; the fan-in of a weight is its last element.
+        role: its class.
+        dimensions: the model's, see `config_dimensions`.
+        bases: the base model's, see `base_dimensions`.
+
+    Raises:
+        AuditError: one of Megatron's own layers whose fan-in is not the dimension that it should be.
+    """
     if role == "vector":
         return ParamSpec(name, shape, role, 1, 1.0), False
     if role == "embedding":
@@ -232,10 +247,8 @@ def _spec(
     if is_convolution(name):
         # A depthwise convolution over time reads as many inputs at every width: [channels, 1, kernel].
         return ParamSpec(name, shape, role, shape[-1], float(shape[-1])), False
-    dimension = next((d for pattern, d in _FAN_IN_DIMENSIONS if re.search(pattern, f".{name}")), None)
+    dimension = _fan_in_dimension(name)
     if dimension == "moe_latent_size" and dimension not in dimensions:
-        dimension = "hidden_size"
-    if dimension is None and _READS_HIDDEN.search(f".{name}"):
         dimension = "hidden_size"
     fan_in = shape[-1]
     if dimension is None or dimension not in dimensions:
@@ -245,6 +258,15 @@ def _spec(
     if fan_in != copies * dimensions[dimension]:
         raise AuditError(
             f"{name} has the global fan-in {fan_in}, but {dimension} of this model is {dimensions[dimension]}: "
-            "the layer is not what its name says, so its base fan-in is unknown"
+            "the layer is not what its name says, so its base fan-in is unknown; give a layer of your own a name that "
+            "Megatron does not use (the ratio of the hidden sizes is assumed then), or put it outside decoder"
         )
     return ParamSpec(name, shape, role, fan_in, copies * bases[dimension], dimension), False
+
+
+def _fan_in_dimension(name: str) -> str | None:
+    """Return the key of `config_dimensions` that is the fan-in of one of Megatron's own weights, by its global name."""
+    if not _MEGATRONS_OWN.search(f".{name}"):
+        return None
+    known = next((d for pattern, d in _FAN_IN_DIMENSIONS if re.search(pattern, f".{name}")), None)
+    return known or ("hidden_size" if _READS_HIDDEN.search(f".{name}") else None)

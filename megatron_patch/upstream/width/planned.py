@@ -1,6 +1,6 @@
 """A run whose parameters are planned: who gets which LR, weight decay and eps, and the live optimizer held to it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +16,14 @@ from megatron_patch.upstream.width.audit import (
     audit_schedule,
     check_checkpoint,
 )
-from megatron_patch.upstream.width.groups import trains_with
+from megatron_patch.upstream.width.bases import cautions, check_bases_used
 from megatron_patch.upstream.width.parameters import describe
 from megatron_patch.upstream.width.plan import (
-    Hyperparameters,
     Plan,
     config_overrides,
     initialise_by_fan_in,
     make_plan,
 )
-
-
-@dataclass(frozen=True)
-class ParameterClass:
-    """Parameters that share every hyperparameter, under the name by which they are logged."""
-
-    label: str
-    """The class, e.g. ``matrix``; with the multiplier, e.g. ``matrix_m4``, where a class has several."""
-    hyperparameters: Hyperparameters
 
 
 def gather(value: Any) -> list[Any]:
@@ -45,54 +35,12 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
-def parameter_classes(plan: Plan) -> tuple[ParameterClass, ...]:
-    """Return the classes of the whole model, the same on every rank; a collective call.
-
-    Raises:
-        AuditError: there is a rule, but no parameter of the whole model that it could scale. (One rank may well have
-            none: a pipeline stage of embeddings alone.)
-    """
-    local = {(p.spec.role, p.spec.m, plan.hyperparameters[p.spec.name]) for p in plan.parameters}
-    distinct = {entry for entries in gather(local) for entry in entries}
-    by_role: dict[str, dict[Hyperparameters, float]] = {}
-    for role, m, hyperparameters in distinct:
-        by_role.setdefault(role, {})[hyperparameters] = m
-    if plan.width.rule != "none" and not by_role.keys() & {"matrix", "output"}:
-        raise AuditError(
-            f"--width-scaling {plan.rule.name} scales no parameter: the model has {', '.join(sorted(by_role))} only"
-        )
-    classes = []
-    for role, variants in sorted(by_role.items()):
-        for hyperparameters, m in sorted(variants.items(), key=lambda item: (item[1], item[0].weight_decay)):
-            label = role
-            if len(variants) > 1:
-                many_m = len(set(variants.values())) > 1
-                label = f"{role}_m{m:g}" if many_m else f"{role}_wd{hyperparameters.weight_decay:g}"
-            classes.append(ParameterClass(label, hyperparameters))
-    return tuple(classes)
-
-
-def live_values(classes: Sequence[ParameterClass], optimizer: Any) -> dict[str, tuple[float, float]]:
-    """Return ``{label: (lr, weight decay)}`` that the coming step will use, from the live param groups.
-
-    Every rank holds every group, also those whose parameters live on other ranks.
-    """
-    values = {}
-    for c in classes:
-        for group in optimizer.param_groups:
-            if trains_with(group, c.hyperparameters):
-                values[c.label] = (float(group["lr"]), float(group["weight_decay"]))
-                break
-    return values
-
-
 @dataclass(frozen=True)
 class PlannedRun:
     """The plan, and the optimizer that was built by it and audited."""
 
     plan: Plan
     optimizer: Any
-    classes: tuple[ParameterClass, ...]
 
     @classmethod
     def build(
@@ -108,10 +56,24 @@ class PlannedRun:
             overrides: what the caller gave; None for Megatron's own.
 
         Raises:
-            AuditError: on all ranks, if the optimizer of one does not hold the plan.
+            AuditError: on all ranks, if the optimizer of one does not hold the plan, or the rule scales nothing.
+            ConfigError: a ``--base-...`` flag that no layer of the model uses.
             ValueError: on all ranks, if a parameter of one has no known fan-in.
         """
+        from megatron.training import print_rank_0
+
         plan = collectively(lambda: _make_plan(settings, config, model))
+        specs = [p.spec for p in plan.parameters]
+        ranks = gather(({s.dimension for s in specs}, {s.role for s in specs}, cautions(plan.width, plan.parameters)))
+        # One rank may well have nothing to scale: a pipeline stage of embeddings alone.
+        roles = set().union(*(roles for _, roles, _ in ranks))
+        if plan.width.rule != "none" and not roles & {"matrix", "output"}:
+            raise AuditError(
+                f"--width-scaling {plan.rule.name} scales no parameter: the model has {', '.join(sorted(roles))} only"
+            )
+        check_bases_used(plan.width, set().union(*(used for used, _, _ in ranks)))
+        for line in dict.fromkeys(line for _, _, lines in ranks for line in lines):
+            print_rank_0(f"WARNING: --width-scaling: {line}")
         if overrides is None:
             from megatron.core.optimizer import get_standard_config_overrides
 
@@ -120,7 +82,7 @@ class PlannedRun:
         collectively(lambda: audit_build(plan, optimizer))
         if settings.override:
             adopt_live_groups(optimizer)
-        return cls(plan, optimizer, parameter_classes(plan))
+        return cls(plan, optimizer)
 
     def check_checkpoint(self, loaded: Any) -> str | None:
         """Compare the arguments in what Megatron's `_load_base_checkpoint` returned with this run's.
@@ -153,15 +115,6 @@ class PlannedRun:
 
         collectively(both)
 
-    def summary(self) -> list[str]:
-        """Return the lines that tell a user at start what each class is trained with."""
-        rule = self.plan.rule
-        lines = [f"> width scaling: {rule.name} ({rule.source}); peak LR, weight decay, eps per class:"]
-        for c in self.classes:
-            h = c.hyperparameters
-            lines.append(f">   {c.label:12s} lr {h.lr:.6g}  weight decay {h.weight_decay:.6g}  eps {h.eps:.3g}")
-        return lines
-
 
 def collectively[Result](step: Callable[[], Result]) -> Result:
     """Return what `step` does; if it raises on any rank, raise on all.
@@ -188,12 +141,6 @@ def _make_plan(settings: Settings, config: Any, model: Any) -> Plan:
     model_config = get_model_config(model[0])
     width = settings.width
     parameters = list(describe(model, model_config, width, parallel_state))
-    for p in parameters:
-        if p.assumed and width.rule != "none":
-            print_rank_0(
-                f"WARNING: --width-scaling: {p.spec.name} is no layer megatron_patch knows; m = {p.spec.m:g}, "
-                "the ratio of the hidden sizes, is assumed"
-            )
     if width.init_scaling == "fan-in":
         initialise_by_fan_in(parameters, model_config)
     if width.active and not args.untie_embeddings_and_output_weights:

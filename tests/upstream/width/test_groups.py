@@ -32,7 +32,7 @@ PLANNED = Hyperparameters(lr=0.005, min_lr=0.0005, weight_decay=0.2, eps=1e-8, f
         ("is_expert_parallel", False, True, True),
         ("is_decoupled_lr", False, True, True),
         ("max_lr", False, False, False),
-        ("min_lr", False, False, True),
+        ("min_lr", False, False, False),
         ("start_wd", False, False, True),
         ("end_wd", False, False, True),
         ("eps", True, True, False),

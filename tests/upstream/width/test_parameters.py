@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_patch.upstream.width.parameters import _spec
+from megatron_patch.upstream.width.parameters import spec_of
 
 DIMENSIONS = {"hidden_size": 64, "mamba_inner_size": 128}
 BASES = {"hidden_size": 16.0, "mamba_inner_size": 32.0}
@@ -19,5 +19,5 @@ BASES = {"hidden_size": 16.0, "mamba_inner_size": 32.0}
 )
 def test_matrices_of_a_mamba_layer(name: str, shape: tuple[int, ...], fan_in: int, m: float) -> None:
     """The convolution over time reads 4 values per channel at any width: it is not scaled."""
-    spec, assumed = _spec(f"decoder.layers.0.{name}", shape, "matrix", DIMENSIONS, BASES)
+    spec, assumed = spec_of(f"decoder.layers.0.{name}", shape, "matrix", DIMENSIONS, BASES)
     assert (spec.fan_in, spec.m, assumed) == (fan_in, m, False)
