@@ -144,7 +144,7 @@ def dry_run(
         built.append(_on_rank(args, settings, blueprint, position))
     notes += dict.fromkeys(f"--width-scaling: {line}" for b in built for line in b.cautions)
     if all_ranks or args.pipeline_model_parallel_size == 1:  # else there may be layers that were not built
-        check_bases_used(settings.width, {held.spec.dimension for b in built for held in b.held})
+        check_bases_used(settings.width, {held.spec.dimension or "" for b in built for held in b.held})
     parameters, seen = built[0].held, built[0].where
     if all_ranks:
         held = [(position, b.held) for position, b in zip(chosen, built, strict=True)]

@@ -74,12 +74,12 @@ def settle_bases(args: Any, left_out: Collection[str]) -> list[str]:
     return lines
 
 
-def check_bases_used(width: WidthConfig, used: Collection[str | None]) -> None:
+def check_bases_used(width: WidthConfig, used: Collection[str]) -> None:
     """Make sure that every ``--base-...`` flag is the base of some layer's fan-in.
 
     Args:
         width: the flags.
-        used: `ParamSpec.dimension` of all parameters of the whole model.
+        used: what some weight of the whole model reads, see `dimensions_read`.
 
     Raises:
         ConfigError: a flag that no layer uses, so that its user believes in what does not happen.
@@ -92,7 +92,7 @@ def check_bases_used(width: WidthConfig, used: Collection[str | None]) -> None:
             raise ConfigError(
                 flag(f"base_{name}"),
                 size,
-                f"a model that trains a layer with a {BASE_DIMENSIONS[name]}",
+                f"a model with a layer for it, a {BASE_DIMENSIONS[name]}",
                 "drop the flag for this model",
             )
 

@@ -264,6 +264,12 @@ def spec_of(
     return ParamSpec(name, shape, role, fan_in, copies * bases[dimension], dimension), False
 
 
+def dimensions_read(model: Sequence[torch.nn.Module]) -> set[str]:
+    """Return the keys of `config_dimensions` that are a weight's fan-in in this rank's model chunks, frozen or not."""
+    names = [name for chunk in model for name, parameter in chunk.named_parameters() if parameter.dim() > 1]
+    return {dimension for name in names if (dimension := _fan_in_dimension(unwrapped_name(name)))}
+
+
 def _fan_in_dimension(name: str) -> str | None:
     """Return the key of `config_dimensions` that is the fan-in of one of Megatron's own weights, by its global name."""
     if not _MEGATRONS_OWN.search(f".{name}"):

@@ -17,7 +17,7 @@ from megatron_patch.upstream.width.audit import (
     check_checkpoint,
 )
 from megatron_patch.upstream.width.bases import cautions, check_bases_used
-from megatron_patch.upstream.width.parameters import describe
+from megatron_patch.upstream.width.parameters import describe, dimensions_read
 from megatron_patch.upstream.width.plan import (
     Plan,
     config_overrides,
@@ -64,7 +64,7 @@ class PlannedRun:
 
         plan = collectively(lambda: _make_plan(settings, config, model))
         specs = [p.spec for p in plan.parameters]
-        ranks = gather(({s.dimension for s in specs}, {s.role for s in specs}, cautions(plan.width, plan.parameters)))
+        ranks = gather((dimensions_read(model), {s.role for s in specs}, cautions(plan.width, plan.parameters)))
         # One rank may well have nothing to scale: a pipeline stage of embeddings alone.
         roles = set().union(*(roles for _, roles, _ in ranks))
         if plan.width.rule != "none" and not roles & {"matrix", "output"}:
