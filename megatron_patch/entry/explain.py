@@ -1,6 +1,7 @@
 """``python -m megatron_patch explain``: which parameter would get which LR, weight decay, eps and m, and why."""
 
 import argparse
+import bisect
 import difflib
 import json
 import math
@@ -140,7 +141,7 @@ def content(dry: "DryRun", steps: "Schedule | None", future: "Outlook") -> dict[
     if steps is not None:
         found["schedule"] = [
             {"step": t, "lr_factor": factor, "lr": lr, "relative_update_prediction": update}
-            for t, (factor, lr, update) in enumerate(zip(steps.factor, steps.lr, _updates(steps, future), strict=True))
+            for t, factor, lr, update in zip(steps.times, steps.factor, steps.lr, _updates(steps, future), strict=True)
         ]
     found["warnings"] = [*future.warnings, *dry.notes]
     return found
@@ -206,10 +207,15 @@ def show(dry: "DryRun", steps: "Schedule | None", future: "Outlook") -> None:
     if steps is not None:
         updates = _updates(steps, future)
         rows = [
-            [str(t), f"{steps.factor[t]:.4g}", f"{steps.lr[t]:.4g}", "-" if updates[t] is None else f"{updates[t]:.3g}"]
-            for t in selection(len(steps.lr), SCHEDULE_ROWS, steps.lr.index(max(steps.lr)))
+            [
+                str(steps.times[i]),
+                f"{steps.factor[i]:.4g}",
+                f"{steps.lr[i]:.4g}",
+                "-" if updates[i] is None else f"{updates[i]:.3g}",
+            ]
+            for i in selection(steps.times, SCHEDULE_ROWS, steps.lr.index(max(steps.lr)))
         ]
-        table(f"Schedule ({len(steps.lr):,} steps)", rows, "step", "factor", "lr at m = 1", "relative update")
+        table(f"Schedule ({steps.steps:,} steps)", rows, "step", "factor", "lr at m = 1", "relative update")
     for line in future.facts:
         console.print(escape(line))
     for line in [*future.warnings, *dry.notes]:
@@ -220,17 +226,18 @@ def _power(exponent: float) -> str:
     return f" * m^{exponent:g}" if exponent else ""
 
 
-def selection(length: int, rows: int, also: int) -> list[int]:
-    """Return `rows` steps, or all, evenly spaced, the first and the last among them, and one more.
+def selection(times: Sequence[int], rows: int, also: int) -> list[int]:
+    """Return the places of `rows` steps, or all, evenly spaced, the first and the last among them, and one more.
 
-    >>> selection(1000, 5, 100)
+    >>> selection(range(1000), 5, 100)
     [0, 100, 250, 500, 749, 999]
-    >>> selection(3, 5, 1)
+    >>> selection([0, 2, 9], 5, 1)
     [0, 1, 2]
     """
-    if length <= rows:
-        return list(range(length))
-    return sorted({also, *(round(i * (length - 1) / (rows - 1)) for i in range(rows))})
+    if len(times) <= rows:
+        return list(range(len(times)))
+    evenly = (round(i * times[-1] / (rows - 1)) for i in range(rows))
+    return sorted({also, *(bisect.bisect_left(times, t) for t in evenly)})
 
 
 def _parameter_rows(dry: "DryRun") -> list[list[str]]:

@@ -4,6 +4,7 @@ Predictions are the weight-norm model's (`megatron_patch.theory.equilibrium`), f
 its counterpart in the base model, each from its own initial weights.
 """
 
+import bisect
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import RUN_JSON, RunJson
-from megatron_patch.theory.equilibrium import momentum_update_rms, steps_to_equilibrium, trajectory
+from megatron_patch.theory.equilibrium import momentum_update_rms, steps_to_equilibrium, trajectory_of_stretches
 from megatron_patch.upstream.dry.coverage import Held
 from megatron_patch.upstream.dry.run import DryRun
 from megatron_patch.upstream.dry.schedule import Schedule
@@ -33,7 +34,7 @@ class Outlook:
     """What `outlook` returns."""
 
     relative_updates: Sequence[float]
-    """Predicted ‖dW‖/‖W‖ of the largest matrix at every step; empty where nothing can be predicted."""
+    """Predicted ‖dW‖/‖W‖ of the largest matrix at every step of the schedule; empty where nothing can be predicted."""
     facts: tuple[str, ...]
     """Predictions in words."""
     warnings: tuple[str, ...]
@@ -69,7 +70,7 @@ def outlook(dry: DryRun, steps: Schedule) -> Outlook:
     warnings = [*product(dry, matrices), *megatrons_mup(dry, matrices), *floor(dry), *shapes(dry), *unknown_layers(dry)]
     if not matrices or not steps.lr:
         return Outlook((), (), tuple(warnings))
-    warnings += slow_equilibrium(matrices, len(steps.lr))
+    warnings += slow_equilibrium(matrices, steps.steps)
     largest = max(matrices, key=lambda matrix: (matrix.role == "matrix", matrix.size))
     lrs, decays = steps.groups[largest.lr, largest.weight_decay]
     base_lrs = [lr / factor for lr, factor in zip(steps.lr, steps.factor, strict=True)]
@@ -82,15 +83,14 @@ def outlook(dry: DryRun, steps: Schedule) -> Outlook:
             "step; lower --lr or --weight-decay"
         )
         return Outlook((), (), tuple(warnings))
-    run = [step.relative_update for step in trajectory(zip(lrs, decays, strict=True), largest.rms)]
-    base = [
-        (s.rho, s.relative_update) for s in trajectory(zip(base_lrs, steps.weight_decay, strict=True), largest.base_rms)
-    ]
-    warnings += edges(largest, lrs, run)
-    warnings += implicit_warmup(dry, largest, base_lrs, steps, [rho for rho, _ in base])
-    at = max(0, math.ceil(END * len(run)) - 1)
-    warnings += different_end(largest, run[at], base[at][1], at)
-    return Outlook(run, (_prediction(dry, largest, run, at),), tuple(warnings))
+    times = steps.times
+    run = [s.relative_update for s in trajectory_of_stretches(times, [*zip(lrs, decays, strict=True)], largest.rms)]
+    base = [*trajectory_of_stretches(times, [*zip(base_lrs, steps.weight_decay, strict=True)], largest.base_rms)]
+    warnings += edges(largest, lrs, run, steps)
+    warnings += implicit_warmup(dry, largest, base_lrs, steps, [step.rho for step in base])
+    at = bisect.bisect_right(times, max(0, math.ceil(END * steps.steps) - 1)) - 1
+    warnings += different_end(largest, run[at], base[at].relative_update, times[at])
+    return Outlook(run, (_prediction(dry, largest, run, at, times),), tuple(warnings))
 
 
 def largest_of_each_group(dry: DryRun) -> list[Matrix]:
@@ -229,15 +229,15 @@ def slow_equilibrium(matrices: Sequence[Matrix], steps: int) -> Iterator[str]:
 # --- along the schedule ----------------------------------------------------------------------------------------------
 
 
-def edges(matrix: Matrix, lrs: Sequence[float], updates: Sequence[float]) -> Iterator[str]:
+def edges(matrix: Matrix, lrs: Sequence[float], updates: Sequence[float], steps: Schedule) -> Iterator[str]:
     """An LR so large that a step replaces the weights, or so small that the whole run leaves them where they were."""
     top = max(updates)
     if top > LARGEST_UPDATE:
         yield (
-            f"LR at its upper edge: the update of {matrix.name} at step {updates.index(top):,} is predicted to be "
-            f"{top:.2g} of the weights themselves; lower --lr or lengthen the warmup"
+            f"LR at its upper edge: the update of {matrix.name} at step {steps.times[updates.index(top)]:,} is "
+            f"predicted to be {top:.2g} of the weights themselves; lower --lr or lengthen the warmup"
         )
-    moved = math.hypot(*lrs) / matrix.rms
+    moved = math.sqrt(sum(length * lr**2 for length, lr in zip(steps.lengths(), lrs, strict=True))) / matrix.rms
     if moved < SMALLEST_MOVE:
         yield (
             f"LR at its lower edge: all updates of {matrix.name} together are predicted to be {moved:.2g} of its "
@@ -256,16 +256,15 @@ def implicit_warmup(
     lr, decay = matrix.lr / dry.args.lr, matrix.weight_decay / (dry.args.end_weight_decay or 1.0)
     if matrix.m == 1 or not matrix.weight_decay or (lr, decay) == (1.0, 1.0):
         return
-    plain = ((eta * lr, weight * decay) for eta, weight in zip(base_lrs, steps.weight_decay, strict=True))
-    rho = [step.rho for step in trajectory(plain, matrix.rms)]
+    plain = [(eta * lr, weight * decay) for eta, weight in zip(base_lrs, steps.weight_decay, strict=True)]
+    rho = [step.rho for step in trajectory_of_stretches(steps.times, plain, matrix.rms)]
     ratios = [lr * theirs / ours / math.sqrt(lr * decay) for theirs, ours in zip(base_rho, rho, strict=True)]
     below = [t for t, ratio in enumerate(ratios) if ratio < math.sqrt(0.5)]
     if not below:
         return
-    total = len(ratios)
-    length = f"longer than the run's {total:,} steps"
-    if below[-1] < total - 1:
-        length = f"about {below[-1] + 1:,} of the run's {total:,} steps"
+    length = f"longer than the run's {steps.steps:,} steps"
+    if below[-1] < len(ratios) - 1:
+        length = f"about {steps.times[below[-1]] + 1:,} of the run's {steps.steps:,} steps"
     also = f", on top of --extra-warmup {dry.settings.warmup.kind}" if dry.settings.warmup.active else ""
     rule = "standard" if dry.table["rule"] == "none" else dry.table["rule"]
     yield (
@@ -284,11 +283,11 @@ def different_end(matrix: Matrix, run: float, base: float, at: int) -> Iterator[
         )
 
 
-def _prediction(dry: DryRun, matrix: Matrix, updates: Sequence[float], at: int) -> str:
-    top = max(updates)
+def _prediction(dry: DryRun, matrix: Matrix, updates: Sequence[float], at: int, times: Sequence[int]) -> str:
+    top, end = max(updates), updates[at]
     noise = momentum_update_rms(dry.args.adam_beta1)
     return (
-        f"predicted relative update of {matrix.name}: {top:.3g} at its largest (step {updates.index(top):,}), "
-        f"{updates[at]:.3g} at the end (step {at:,}); one measured AdamW step shows {noise:.2g} of that where the "
+        f"predicted relative update of {matrix.name}: {top:.3g} at its largest (step {times[updates.index(top)]:,}), "
+        f"{end:.3g} at the end (step {times[at]:,}); one measured AdamW step shows {noise:.2g} of that where the "
         f"gradient is mostly noise (beta1 {dry.args.adam_beta1:g})"
     )

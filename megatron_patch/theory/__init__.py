@@ -30,6 +30,7 @@ from megatron_patch.theory.equilibrium import (
     steps_to_equilibrium,
     top_singular_value_scale,
     trajectory,
+    trajectory_of_stretches,
 )
 from megatron_patch.theory.schedules import (
     decay_away,
@@ -102,6 +103,7 @@ __all__ = [
     "steps_to_equilibrium",
     "top_singular_value_scale",
     "trajectory",
+    "trajectory_of_stretches",
     "warmup_length",
     "weight_decay_factor",
 ]

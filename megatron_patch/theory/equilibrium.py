@@ -9,7 +9,7 @@ weight norm still follows b = 1, but ONE measured step is smaller, see `momentum
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -78,6 +78,35 @@ def trajectory(schedule: Iterable[tuple[float, float]], rho_0: float, update_rms
     for lr, weight_decay in schedule:
         yield NormStep(rho, update_rms * lr / rho)
         rho = next_rho(rho, lr, weight_decay, update_rms)
+
+
+def trajectory_of_stretches(
+    times: Sequence[int], schedule: Sequence[tuple[float, float]], rho_0: float, update_rms: float = 1.0
+) -> Iterator[NormStep]:
+    """Yield what `trajectory` does for some steps of a long schedule, from its values at these steps alone.
+
+    From one of the steps to the next, learning rate and weight decay are taken to be constant at the mean of the
+    straight line between them, and eq. 33 is that stretch in closed form. Where all steps are given it is `trajectory`.
+
+    Args:
+        times: the steps, rising, from 0.
+        schedule: (learning rate, weight decay) of each.
+        rho_0, update_rms: as in `trajectory`, with its ValueError.
+
+    Source: arXiv 2510.19093, eqs. 30, 33 and 36.
+    >>> [round(step.rho, 4) for step in trajectory_of_stretches([0, 2, 3], [(3.0, 1 / 6)] * 3, rho_0=8.0)]
+    [8.0, 3.9051, 3.5795]
+    """
+    _require_positive("rho_0", rho_0)
+    rho = rho_0
+    for i, (lr, weight_decay) in enumerate(schedule):
+        yield NormStep(rho, update_rms * lr / rho)
+        if i + 1 < len(times):
+            steps = times[i + 1] - times[i]
+            ahead = (steps - 1) / (2 * steps)  # of the way to the next values: where the mean of the stretch is
+            next_lr, next_decay = schedule[i + 1]
+            mean = lr + ahead * (next_lr - lr), weight_decay + ahead * (next_decay - weight_decay)
+            rho = next_rho(rho, *mean, update_rms) if steps == 1 else rho_after(steps, rho, *mean, update_rms)
 
 
 def rho_after(steps: float, rho_0: float, lr: float, weight_decay: float, update_rms: float = 1.0) -> float:

@@ -84,7 +84,12 @@ def scene(
         for key, f in live.items()
     }
     return dry, Schedule(
-        array("d", [factor] * steps), array("d", lrs), array("d", [weight_decay] * steps), by_group, steps
+        array("q", range(steps)),
+        array("d", [factor] * steps),
+        array("d", lrs),
+        array("d", [weight_decay] * steps),
+        by_group,
+        steps,
     )
 
 
@@ -261,8 +266,10 @@ def test_tables_show_every_number_in_full(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_selection_of_steps() -> None:
-    assert selection(1000, 5, 100) == [0, 100, 250, 500, 749, 999]
-    assert selection(3, 5, 1) == [0, 1, 2]
+    assert selection(range(1000), 5, 100) == [0, 100, 250, 500, 749, 999]
+    assert selection(range(3), 5, 1) == [0, 1, 2]
+    # Of a schedule with gaps, the steps behind the even ones: 0, 500 and 1000.
+    assert selection([0, 1, 2, 4, 600, 1000], 3, 2) == [0, 2, 4, 5]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

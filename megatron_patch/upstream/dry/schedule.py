@@ -1,4 +1,4 @@
-"""The LR of every step, from the scheduler a run would have, stepped through the whole run with nothing to train."""
+"""The LR of a run's steps, from the scheduler the run would have, with nothing to train."""
 
 import contextlib
 from array import array
@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_patch.theory.schedules import decay_away_step
 from megatron_patch.upstream.dry.machine import assigned, megatrons_checks
+
+ALL_STEPS = 500_000
+"""Up to so many steps, every one is made; of a longer run, the first `FINE` and then fewer and fewer."""
+FINE = 2_000
+"""A stretch of a longer run is one part in so many of what lies before it."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One value for each optimizer step t = 0, 1, ... of the run."""
+    """One value for each optimizer step, or for some of a very long run's."""
 
+    times: array[int]
+    """The optimizer steps t, rising from 0; the last step of the run is among them."""
     factor: array[float]
     """The extra warmup's f_t; 1 without one."""
     lr: array[float]
@@ -25,11 +33,22 @@ class Schedule:
     samples: int
     """Samples the run trains on."""
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.times[-1] + 1 if self.times else 0
+
+    def lengths(self) -> Iterator[int]:
+        """Yield how many steps each entry stands for."""
+        return (later - t for t, later in zip(self.times, [*self.times[1:], self.steps], strict=True))
+
 
 def schedule(args: Any, groups: Sequence[Mapping[str, Any]]) -> Schedule:
-    """Step Megatron's scheduler, or ours where it is installed, through all iterations of a run.
+    """Take Megatron's scheduler, or ours where it is installed, through all iterations of a run.
 
-    The batch size grows as Megatron's own calculator says.
+    The batch size grows as Megatron's own calculator says. A run longer than `ALL_STEPS` is taken in stretches: LR and
+    weight decay are exact at the steps that are returned, the factor decay-away up to the curvature of the schedule
+    within one part in `FINE` of the run so far.
 
     Args:
         args: Megatron's, validated; its --train-iters is worked out here where --train-samples was given.
@@ -43,21 +62,44 @@ def schedule(args: Any, groups: Sequence[Mapping[str, Any]]) -> Schedule:
     base = {"max_lr": args.lr, "min_lr": args.min_lr, "wd_mult": 1.0, "lr_mult": 1.0, "width_dependent": 1.0}
     live = [{"lr": 0.0, "weight_decay": 0.0, **group} for group in (base, *groups)]
     columns = [(array("d"), array("d")) for _ in live]
-    factors, samples = array("d"), 0
+    times, factors, samples, t = array("q"), array("d"), 0, 0
     with megatrons_checks(), assigned(global_vars, _GLOBAL_ARGS=args), _batches(args) as increment:
         scheduler = training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=live))
         factor = getattr(scheduler, "factor", lambda: 1.0)
-        for _ in range(args.train_iters):
+        while t < args.train_iters:
+            times.append(t)
             factors.append(factor())
             for group, (lrs, decays) in zip(live, columns, strict=True):
                 lrs.append(group["lr"])
                 decays.append(group["weight_decay"])
             batch = increment(samples)
-            scheduler.step(batch)
-            samples += batch
+            steps = 1
+            if args.train_iters > ALL_STEPS and t < args.train_iters - 1:
+                steps = max(1, min(t // FINE, args.train_iters - 1 - t))
+                while steps > 1 and increment(samples + (steps - 1) * batch) != batch:  # it ramps up on the way
+                    steps //= 2
+            _advance(scheduler, steps, batch)
+            samples += steps * batch
+            t += steps
     final = args.end_weight_decay
     by_group = {(g["max_lr"], g["wd_mult"] * final): c for g, c in zip(live[1:], columns[1:], strict=True)}
-    return Schedule(factors, *columns[0], by_group, samples)
+    return Schedule(times, factors, *columns[0], by_group, samples)
+
+
+def _advance(scheduler: Any, steps: int, batch: int) -> None:
+    """Make `steps` optimizer steps of `batch` samples, all but the last one at once."""
+    if steps > 1:
+        if hasattr(scheduler, "decay_product"):  # ours: what it sums up along the way
+            first = scheduler.base_lr(), scheduler.get_wd()
+            scheduler.num_steps += (steps - 2) * batch
+            last = scheduler.base_lr(), scheduler.get_wd()
+            mean = [(a + b) / 2 for a, b in zip(first, last, strict=True)]
+            scheduler.decay_product *= decay_away_step(1.0, *mean) ** (steps - 1)
+            scheduler.num_steps += batch
+            scheduler.optimizer_steps += steps - 1
+        else:
+            scheduler.num_steps += (steps - 1) * batch
+    scheduler.step(batch)
 
 
 @contextlib.contextmanager
