@@ -443,9 +443,14 @@ def two_splits(folder: Path) -> str:
         pytest.param(written("a.jsonl", b""), "at least one document that is not empty", id="no row"),
         pytest.param(written("a.jsonl", b'{"text": "a"}\n{oops\n'), "a.jsonl: expected a readable json", id="json"),
         pytest.param(written("a.parquet", b"PAR1 rubbish"), "a.parquet: expected a readable parquet", id="parquet"),
-        pytest.param(written("a.txt", b"\xff\xfe\x00"), "a.txt: expected a readable text.*UnicodeDecode", id="text"),
+        pytest.param(written("a.txt", b"\xff\xfe\x00"), "a.txt: expected UTF-8 .* this is UTF-16 by", id="text"),
+        pytest.param(
+            written("a.txt", b"caf\xe9"), "a.txt: expected a readable text.*UTF-8 .*UnicodeDecode", id="latin"
+        ),
         pytest.param(written("a.jsonl.gz", b"{}"), "a.jsonl.gz: expected a readable json .*gzip", id="no gzip"),
-        pytest.param(written("a.txt.zip", b"PK\x03\x04\xff"), "a.txt.zip: expected a readable text", id="zip"),
+        pytest.param(
+            written("a.txt.zip", b"PK\x03\x04\xff"), "a.txt.zip: expected .*this is an archive; unpack", id="zip"
+        ),
         pytest.param(corrupt_gzip, "cut.jsonl.gz: expected a readable json .*ended before", id="cut gzip"),
     ],
 )
