@@ -158,7 +158,11 @@ def _saved_dataset(folder: str, text_key: str) -> Corpus:
 def _hub_documents(spec: str, text_key: str) -> Iterator[list[str]]:
     name, _, config = spec.partition(":")
     try:
-        dataset = _datasets().load_dataset(name, config or None, split="train", streaming=True)
+        builder = _datasets().load_dataset_builder(name, config or None)
+        if hasattr(builder.config, "keep_default_na"):  # it is CSV, read by pandas
+            builder.config.keep_default_na = False  # or a text such as "null" would count as missing
+            builder.config.index_col = False  # or a row with a field too many would give its neighbour's text
+        dataset = builder.as_streaming_dataset(split="train")
     except Exception as error:
         raise ConfigError(
             "--input", spec, "a dataset on the hub with a split 'train'", f"check name and network ({_one_line(error)})"

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.data import readers
@@ -371,6 +371,52 @@ def test_hub_column_of_mixed_types_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", b'{"text": "2020-01-01"}\n{"text": 7}\n')
     with pytest.raises(ConfigError, match=r"--text-key text: expected a column of text in .* not of "):
         read(tmp_path, hub=True)
+
+
+def test_hub_csv_keeps_texts_that_pandas_takes_for_missing(tmp_path: Path) -> None:
+    put(tmp_path, "train.csv", b"text,n\nnull,1\nNA,2\none,3\n")
+    assert read(tmp_path, hub=True) == ["null", "NA", "one"]
+
+
+def test_hub_csv_never_gives_the_text_of_another_column(tmp_path: Path) -> None:
+    put(tmp_path, "train.csv", b"text,n\nmine,theirs,\nmine,theirs,\n")
+    assert read(tmp_path, hub=True) == ["mine", "mine"]
+
+
+ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt.gz", ".jsonl.xz", ".csv.zst", ".txt.bz2")
+SOUND = [
+    ROWS,
+    TABLE,
+    parquet(["one"]),
+    arrow(pyarrow.ipc.new_file),
+    gzip.compress(ROWS),
+    zstd(TABLE),
+    lzma.compress(ROWS),
+]
+
+
+@settings(max_examples=300)
+@given(
+    ending=st.sampled_from(ENDINGS),
+    content=st.binary(max_size=300) | st.sampled_from(SOUND),
+    place=st.integers(0, 300),
+    cut=st.integers(0, 9),
+    put_in=st.binary(max_size=4),
+)
+@example(ending=".jsonl", content=b"[" * 100_000, place=0, cut=0, put_in=b"")
+@example(ending=".txt", content=b'{"a":' * 100_000, place=0, cut=0, put_in=b"")
+@example(ending=".jsonl", content=b'{"n": ' + b"1" * 5000 + b"}", place=0, cut=0, put_in=b"")
+def test_any_bytes_are_read_or_refused(
+    ending: str, content: bytes, place: int, cut: int, put_in: bytes, tmp_path: Path
+) -> None:
+    path = put(tmp_path, f"a{ending}", content[:place] + put_in + content[place + cut :])
+    refusal = str(path)
+    try:
+        assert all(isinstance(text, str) for text in read(path))
+    except ConfigError as error:
+        refusal = str(error)
+    assert str(path) in refusal
+    assert "\n" not in refusal
 
 
 # As a command
