@@ -1,33 +1,29 @@
 """Where documents come from: the Python standard library, files, saved datasets, the Hugging Face hub.
 
 A document is a str. Whatever the source, documents come in one fixed order, so the same input always gives the same
-tokens. `datasets` reads every format but plain text, and is imported only when it is needed: it costs seconds.
+tokens. `datasets` is imported only for saved datasets and the hub: it costs seconds.
 """
 
 import glob
+import itertools
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.data.opening import format_of, open_text
+from megatron_patch.data.readers import READABLE, ROWS_PER_BATCH, TEXT_KINDS, read_documents, text_column
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.whole import say
 
-COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
-"""Endings of compressed files; .zst needs the package `zstandard`. Not .zip: it holds any number of files."""
+MARKS = {"\0": "NUL", "\ufffd": "U+FFFD, which stands for bytes that a program could not decode,"}
+"""Characters that no text is full of."""
 
-FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
-"""File ending (compression taken off) -> the loader of `datasets` that reads it. Every other file is plain text."""
-
-ROWS_PER_BATCH = 1000
+MARKS_SHARE, FEWEST_MARKS = 0.01, 4
+"""Share of one of `MARKS` in a document above which it is told, and how many must be in it. assumed"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,14 @@ class Corpus:
     total_documents: int | None = None
 
 
-def open_corpus(spec: str, *, text_key: str = "text", document_per_line: bool = False, hub: bool = False) -> Corpus:
+def open_corpus(
+    spec: str,
+    *,
+    text_key: str = "text",
+    document_per_line: bool = False,
+    hub: bool = False,
+    format: str | None = None,
+) -> Corpus:
     """Find the documents that `spec` names; they are read while `Corpus.batches` is consumed.
 
     Args:
@@ -54,15 +57,21 @@ def open_corpus(spec: str, *, text_key: str = "text", document_per_line: bool = 
         text_key: the column that holds the text; plain text files have none.
         document_per_line: every line of a plain text file is a document; otherwise a file is one document.
         hub: `spec` is a name on the Hugging Face hub; its split ``train`` is streamed, not stored.
+        format: what every file of `spec` is, one of `readers.READABLE`; None: what its name says.
 
     Raises:
-        ConfigError: nothing matches `spec`; and, while reading, a file that is corrupt or lacks the column.
+        ConfigError: nothing matches `spec`, or a file of it is none that is read here by its name or its first bytes;
+            and, while reading, a file that is corrupt or lacks the column.
     """
+    if format is not None and (hub or spec == "stdlib" or os.path.isdir(spec)):
+        raise ConfigError("--format", format, "a file or a glob as --input", "leave the flag out")
+    if format is not None and format not in READABLE:
+        raise ConfigError("--format", format, f"one of {', '.join(READABLE)}", "name what the files are")
     if hub:
-        return Corpus(spec, _hub_documents(spec, text_key))
+        return Corpus(spec, _Watch().over(spec, _hub_documents(spec, text_key)))
     if spec == "stdlib":
         files = stdlib_files()
-        return Corpus(spec, _guarded(spec, ([_read_source_file(file)] for file in files)), len(files))
+        return Corpus(spec, _guarded(spec, "text", ([_read_source_file(file)] for file in files)), len(files))
     if os.path.isdir(spec):
         return _saved_dataset(spec, text_key)
     files = [spec] if os.path.exists(spec) else sorted(glob.glob(spec, recursive=True))
@@ -71,8 +80,22 @@ def open_corpus(spec: str, *, text_key: str = "text", document_per_line: bool = 
         raise ConfigError(
             "--input", spec, "an existing file, folder or glob, or 'stdlib'", "check the path (--hub for a hub name)"
         )
-    only_whole_texts = not document_per_line and all(file_format(file) == "text" for file in files)
-    return Corpus(spec, _file_documents(files, text_key, document_per_line), len(files) if only_whole_texts else None)
+    insist = format is not None
+    kinds = {file: format or format_of(file) for file in files}
+    for file, kind in kinds.items():
+        # Before anything is read: a run of hours must not end at its last file. What is read from a pipe is gone.
+        if kind in TEXT_KINDS and os.path.isfile(file):
+            with _one_line_errors(file, kind), open_text(file, None, insist=insist or kind != "text"):
+                pass
+    only_whole_texts = not document_per_line and set(kinds.values()) == {"text"}
+    watch = _Watch()
+
+    def batches() -> Iterator[list[str]]:
+        for file, kind in kinds.items():
+            documents = read_documents(file, kind, text_key, document_per_line=document_per_line, insist=insist)
+            yield from watch.over(file, _guarded(file, kind, documents))
+
+    return Corpus(spec, batches(), len(files) if only_whole_texts else None)
 
 
 def stdlib_files() -> list[str]:
@@ -81,18 +104,6 @@ def stdlib_files() -> list[str]:
     files = glob.glob("**/*.py", root_dir=root, recursive=True)
     installed = ("site-packages" + os.sep, "dist-packages" + os.sep)
     return [os.path.join(root, file) for file in sorted(files) if not file.startswith(installed)]
-
-
-def file_format(path: str) -> str:
-    """Return the loader for a file by its ending.
-
-    >>> file_format("a/b.jsonl.gz"), file_format("notes.md")
-    ('json', 'text')
-    """
-    stem, ending = os.path.splitext(path)
-    if ending in COMPRESSIONS:
-        ending = os.path.splitext(stem)[1]
-    return FORMATS.get(ending, "text")
 
 
 def _read_source_file(path: str) -> str:
@@ -104,45 +115,22 @@ def _read_source_file(path: str) -> str:
         return ""
 
 
-def _file_documents(files: Sequence[str], text_key: str, document_per_line: bool) -> Iterator[list[str]]:
-    for file in files:
-        if file_format(file) == "text":
-            yield from _guarded(file, _text_documents(file, document_per_line))
-        else:
-            yield from _guarded(file, _text_column(file, text_key, _file_tables(file, text_key)))
+class _Watch:
+    """Tells once, on stderr, of a document full of characters that no text is full of; it stays as it is."""
 
+    def __init__(self) -> None:
+        self._told = False
 
-def _text_documents(file: str, document_per_line: bool) -> Iterator[list[str]]:
-    import fsspec
-
-    # newline="" keeps \r\n, as the other formats do; as a separator of documents any line end will do.
-    newline = None if document_per_line else ""
-    compression = "infer" if file.endswith(COMPRESSIONS) else None
-    with fsspec.open(file, "rt", encoding="utf-8", newline=newline, compression=compression) as stream:
-        if not document_per_line:
-            yield [stream.read()]
-            return
-        while lines := stream.readlines(1 << 20):
-            yield [line.removesuffix("\n") for line in lines]
-
-
-def _file_tables(file: str, text_key: str) -> Iterator[Any]:
-    """Yield the rows of one file as Arrow tables."""
-    options: dict[str, Any] = {}
-    if file_format(file) == "parquet":
-        import pyarrow.parquet
-
-        if text_key in pyarrow.parquet.read_schema(file).names:
-            options["columns"] = [text_key]  # the others need not even be read
-    if file_format(file) == "csv":
-        options["keep_default_na"] = False  # or a text such as "null" would count as missing
-    loader = _datasets().load_dataset
-    try:
-        # It takes file names for globs.
-        dataset = loader(file_format(file), data_files=[glob.escape(file)], split="train", streaming=True, **options)
-    except StopIteration:
-        return  # what `datasets` 5 raises for a JSON file without a row
-    yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
+    def over(self, source: str, batches: Iterable[list[str]]) -> Iterator[list[str]]:
+        """Yield the batches of documents of `source`, a file or what the user named."""
+        for batch in batches:
+            for text, (mark, name) in itertools.product(() if self._told else batch, MARKS.items()):
+                count = text.count(mark)
+                if not self._told and count >= FEWEST_MARKS and count > MARKS_SHARE * len(text):
+                    share = count / len(text)
+                    say(f"WARNING: {source}: {share:.0%} of a document is {name} and kept; is this text in UTF-8?")
+                    self._told = True
+            yield batch
 
 
 def _saved_dataset(folder: str, text_key: str) -> Corpus:
@@ -157,59 +145,53 @@ def _saved_dataset(folder: str, text_key: str) -> Corpus:
             "give a glob for a folder of files, such as 'folder/*.jsonl'",
         ) from None
     except Exception as error:
-        raise _unreadable(folder, error) from error
+        raise _unreadable(folder, "dataset", error) from error
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(os.path.join(folder, name) for name in dataset)
         raise ConfigError("--input", folder, "one split of the saved datasets", f"give one of {splits}")
     tables = dataset.with_format("arrow").iter(ROWS_PER_BATCH)
-    return Corpus(folder, _guarded(folder, _text_column(folder, text_key, tables)), len(dataset))
+    return Corpus(
+        folder, _Watch().over(folder, _guarded(folder, "dataset", text_column(folder, text_key, tables))), len(dataset)
+    )
 
 
 def _hub_documents(spec: str, text_key: str) -> Iterator[list[str]]:
     name, _, config = spec.partition(":")
     try:
-        dataset = _datasets().load_dataset(name, config or None, split="train", streaming=True)
+        builder = _datasets().load_dataset_builder(name, config or None)
+        if hasattr(builder.config, "keep_default_na"):  # it is CSV, read by pandas
+            builder.config.keep_default_na = False  # or a text such as "null" would count as missing
+            builder.config.index_col = False  # or a row with a field too many would give its neighbour's text
+        dataset = builder.as_streaming_dataset(split="train")
     except Exception as error:
         raise ConfigError(
             "--input", spec, "a dataset on the hub with a split 'train'", f"check name and network ({_one_line(error)})"
         ) from error
-    yield from _guarded(spec, _text_column(spec, text_key, dataset.with_format("arrow").iter(ROWS_PER_BATCH)))
+    tables = dataset.with_format("arrow").iter(ROWS_PER_BATCH)
+    yield from _guarded(spec, "dataset", text_column(spec, text_key, tables))
 
 
-def _text_column(source: str, text_key: str, tables: Iterable[Any]) -> Iterator[list[str]]:
-    for table in tables:
-        if text_key not in table.column_names:
-            columns = ", ".join(table.column_names)
-            raise ConfigError(
-                "--text-key", text_key, f"a column of {source}, which has: {columns}", "name one of these"
-            )
-        texts = ["" if text is None else text for text in table.column(text_key).to_pylist()]
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise ConfigError(
-                "--text-key",
-                text_key,
-                f"a column of text in {source}, not of {type(wrong).__name__}",
-                "name another column",
-            )
-        yield texts
-
-
-def _guarded(source: str, batches: Iterable[list[str]]) -> Iterator[list[str]]:
-    """Yield `batches`, turning whatever the reading library raises into one line that names the source."""
-    try:
+def _guarded(source: str, kind: str, batches: Iterable[list[str]]) -> Iterator[list[str]]:
+    with _one_line_errors(source, kind):
         yield from batches
+
+
+@contextmanager
+def _one_line_errors(source: str, kind: str) -> Iterator[None]:
+    """Turn whatever the reading library raises into one line that names the source."""
+    try:
+        yield
     except ConfigError:
         raise
-    except Exception as error:  # gzip, lzma, Arrow, pandas and fsspec have no base class in common
-        raise _unreadable(source, error) from error
+    except Exception as error:  # gzip, lzma, csv and Arrow have no base class in common
+        raise _unreadable(source, kind, error) from error
 
 
-def _unreadable(source: str, error: Exception) -> ConfigError:
-    kind = file_format(source) if os.path.isfile(source) else "dataset"
-    return ConfigError(
-        "--input", source, f"a readable {kind} source", f"repair or leave out this file ({_one_line(error)})"
-    )
+def _unreadable(source: str, kind: str, error: Exception) -> ConfigError:
+    fix = "repair or leave out this file"
+    if isinstance(error, UnicodeDecodeError):
+        fix = "convert it to UTF-8 (iconv -f LATIN1 -t UTF-8, if that is what it is) or leave it out"
+    return ConfigError("--input", source, f"a readable {kind} source", f"{fix} ({_one_line(error)})")
 
 
 def _one_line(error: Exception) -> str:

@@ -19,6 +19,16 @@ from megatron_patch.files.output import OutputFiles
 TRAINING_THREADS = 16
 """Threads inside sentencepiece; fixed, since a unigram model depends on it (floats are summed per thread)."""
 
+NOT_LEARNT = re.compile(r"[\n\t\u2585]")
+"""What parts text into the lines that sentencepiece learns from.
+
+It drops every line with U+2585, its stand-in for rare characters, without a word (of all of Unicode only this one, in
+0.2.3), and in other versions every line with a tab, its mark of a boundary.
+"""
+
+LINE_CHARACTERS = 1 << 28
+"""Longest line that sentencepiece is given; it drops lines of more bytes than its limit of 31 bits allows."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -98,8 +108,8 @@ def train_tokenizer(
     """Train a lossless sentencepiece model, write it as ``<output_prefix>.model`` and return a line of figures.
 
     Lossless: decode(encode(text)) == text for every text without U+2581, sentencepiece's own stand-in for the space.
-    Ids: 0 <unk>, 1 <s>, 2 </s> (Megatron's end of document), 3 <pad>, then 256 bytes, then the learnt pieces. Newlines
-    and tabs are bytes. The same documents and settings give the same file, whatever `workers` is.
+    Ids: 0 <unk>, 1 <s>, 2 </s> (Megatron's end of document), 3 <pad>, then 256 bytes, then the learnt pieces. Newlines,
+    tabs and U+2585 are bytes. The same documents and settings give the same file, whatever `workers` is.
 
     Args:
         corpus: the documents.
@@ -133,7 +143,7 @@ def train_tokenizer(
             raise ConfigError("--input", corpus.spec, "at least one document that is not empty", "check the input")
         read_seconds = progress.seconds
         try:
-            model = _train(documents, vocab_size, model_type, character_coverage, workers)
+            model, learnt = _train(documents, vocab_size, model_type, character_coverage, workers)
         except RuntimeError as error:
             raise _training_error(corpus.spec, vocab_size, str(error)) from None
         with open(files.temporary(path), "wb") as file:
@@ -141,7 +151,8 @@ def train_tokenizer(
         files.publish()
         characters = sum(map(len, documents))
         return (
-            f"{path}: {vocab_size} ids ({model_type}) from {len(documents)} documents with {characters} characters; "
+            f"{path}: {vocab_size} ids ({model_type}) from {len(documents)} documents, learnt from {learnt} of their "
+            f"{characters} characters (line ends, tabs and U+2585 are spelt in bytes); "
             f"reading {read_seconds:.1f} s, training {progress.seconds - read_seconds:.1f} s"
         )
 
@@ -185,15 +196,36 @@ def _counted(corpus: Corpus, progress: Progress) -> Iterator[str]:
         yield from filter(None, batch)
 
 
-def _train(documents: list[str], vocab_size: int, model_type: str, character_coverage: float, workers: int) -> bytes:
-    # sentencepiece learns from lines and keeps the tab for itself: whoever contains one is dropped without a word.
-    lines = (line for document in documents for line in re.split(r"[\n\t]", document))
+def learnable_lines(document: str) -> Iterator[str]:
+    """Yield the parts of a document that sentencepiece learns from, without empty ones.
+
+    >>> list(learnable_lines("50% \u2585\u2585 done\\n\\n\\tx"))
+    ['50% ', ' done', 'x']
+    """
+    for line in NOT_LEARNT.split(document):
+        for begin in range(0, len(line), LINE_CHARACTERS):
+            yield line[begin : begin + LINE_CHARACTERS]
+
+
+def _train(
+    documents: list[str], vocab_size: int, model_type: str, character_coverage: float, workers: int
+) -> tuple[bytes, int]:
+    """Return the model, and how many characters it was learnt from."""
+    learnt = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal learnt
+        for document in documents:
+            for line in learnable_lines(document):
+                learnt += len(line)
+                yield line
+
     model = io.BytesIO()
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(cores)[:workers])  # inherited by the threads of sentencepiece
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -205,13 +237,13 @@ def _train(documents: list[str], vocab_size: int, model_type: str, character_cov
             byte_fallback=True,
             allow_whitespace_only_pieces=True,  # indentation becomes one token
             pad_id=3,  # of its own: Megatron masks the loss on it, which must not hit </s>
-            max_sentence_length=1 << 30,  # longer lines would be dropped without a word
+            max_sentence_length=4 * LINE_CHARACTERS,  # in bytes; longer lines would be dropped without a word
             num_threads=TRAINING_THREADS,
             minloglevel=2,
         )
     finally:
         os.sched_setaffinity(0, cores)
-    return model.getvalue()
+    return model.getvalue(), learnt
 
 
 def _training_error(spec: str, vocab_size: int, message: str) -> ConfigError:

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_patch.data.readers import READABLE
 from megatron_patch.entry.exits import exit_code
 from megatron_patch.entry.parsers import command_parser
 
@@ -26,6 +27,7 @@ def parser(started: str) -> argparse.ArgumentParser:
     add("--tokenizer-model", required=True, metavar="M", help="sentencepiece model, or folder of a hub tokenizer")
     add("--output-prefix", required=True, metavar="P", help="the dataset is written to P.bin and P.idx")
     add("--text-key", default="text", help="column that holds the text; default: %(default)s")
+    add("--format", choices=READABLE, help="what the files are; default: what their names say")
     add("--document-per-line", action="store_true", help="every line of a plain text file is a document")
     add("--append-eod", action="store_true", help="end every document with the tokenizer's end-of-document id")
     add("--split-documents", metavar="A,B,C", help=SPLIT)
@@ -38,7 +40,7 @@ def parser(started: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, started: str = "python tools/preprocess_data.py") -> int:
     """Do what the command line asks for and return the exit code."""
     args = vars(parser(started).parse_args(argv))
-    source = {key: args.pop(key) for key in ("text_key", "document_per_line", "hub")}
+    source = {key: args.pop(key) for key in ("text_key", "document_per_line", "hub", "format")}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
 
     def act() -> None:

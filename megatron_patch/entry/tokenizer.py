@@ -4,6 +4,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 
+from megatron_patch.data.readers import READABLE
 from megatron_patch.entry.exits import exit_code
 from megatron_patch.entry.parsers import command_parser
 
@@ -29,6 +30,7 @@ def parser(started: str) -> argparse.ArgumentParser:
     )
     add("--sample-documents", type=int, metavar="N", help="train on a random sample, the same every time; default: all")
     add("--text-key", default="text", help="column that holds the text; default: %(default)s")
+    add("--format", choices=READABLE, help="what the files are; default: what their names say")
     add("--document-per-line", action="store_true", help="every line of a plain text file is a document")
     add("--hub", action="store_true", help="SPEC is a dataset on the Hugging Face hub, NAME or NAME:CONFIG")
     add("--workers", type=int, metavar="N", help="cores to use, without effect on the model; default: all")
@@ -39,7 +41,7 @@ def parser(started: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, started: str = "python tools/train_tokenizer.py") -> int:
     """Do what the command line asks for and return the exit code."""
     args = vars(parser(started).parse_args(argv))
-    source = {key: args.pop(key) for key in ("text_key", "document_per_line", "hub")}
+    source = {key: args.pop(key) for key in ("text_key", "document_per_line", "hub", "format")}
     # sentencepiece would see Ctrl-C only after hours of training; ending at once loses nothing, the model comes last.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,6 +1,7 @@
 """From text to Megatron's .bin and .idx: same ids as Megatron, same bytes every time, nothing half-written."""
 
 import gzip
+import io
 import json
 import lzma
 import multiprocessing
@@ -23,9 +24,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.data import preprocess as preprocess_module
+from megatron_patch.data import tokenizer as tokenizer_module
 from megatron_patch.data.corpus import open_corpus, stdlib_files
 from megatron_patch.data.preprocess import map_in_order, parse_split, preprocess, split_of
-from megatron_patch.data.tokenizer import Tokenizer, load_tokenizer, sample, train_tokenizer
+from megatron_patch.data.tokenizer import Tokenizer, learnable_lines, load_tokenizer, sample, train_tokenizer
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.output import OutputFiles
 
@@ -158,6 +160,7 @@ def processor(request: pytest.FixtureRequest, documents: list[str], tmp_path_fac
 @settings(deadline=None, max_examples=150)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 @example("  leading, trailing  and \t\ttabs \n\n\r\n ")
+@example("50% \u2585\u2585 \u2585")
 @example("</s><s><unk><pad><0x41>\x00\ufeffe\u0301ﬁ")
 def test_decoding_gives_the_text_back(processor: Any, text: str) -> None:
     assert processor.decode(processor.encode(text)) == text
@@ -182,6 +185,51 @@ def test_lines_with_tabs_and_very_long_lines_are_learnt_from(tmp_path: Path) -> 
     train_tokenizer(open_corpus(source), str(tmp_path / "t"), vocab_size=310)
     pieces = load_pieces(str(tmp_path / "t.model"))
     assert {"▁indented", "▁verylong"} <= pieces
+
+
+PROGRESS_BARS = "".join(f"downloading {i}% \u2585\u2585\u2585 of weights\n" for i in range(40))
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_reserved_character_parts_a_line_and_costs_nothing_of_it(model_type: str, tmp_path: Path) -> None:
+    # U+2585 stands for rare characters inside sentencepiece, which drops the lines of a text that contain it.
+    summaries = {}
+    for name, text in (("bars", PROGRESS_BARS), ("parted", PROGRESS_BARS.replace("\u2585", "\n"))):
+        source, prefix = write_jsonl(tmp_path / f"{name}.jsonl", [text]), str(tmp_path / name)
+        summaries[name] = train_tokenizer(open_corpus(source), prefix, vocab_size=285, model_type=model_type)
+    assert (tmp_path / "bars.model").read_bytes() == (tmp_path / "parted.model").read_bytes()
+    assert set("downloading") <= load_pieces(str(tmp_path / "bars.model"))
+    learnt = len(re.sub("[\n\u2585]", "", PROGRESS_BARS))
+    assert f"learnt from {learnt} of their {len(PROGRESS_BARS)} characters" in summaries["bars"]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bars.model"))
+    assert processor.decode(processor.encode(PROGRESS_BARS)) == PROGRESS_BARS
+
+
+def test_sentencepiece_drops_no_line_with_any_other_character(capfd: pytest.CaptureFixture[str]) -> None:
+    # It says so only in its log; if a version reserves another character, `NOT_LEARNT` needs it.
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    lines = [line for character in characters for line in learnable_lines(f"a{character}b")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=io.BytesIO(),
+        vocab_size=300,
+        model_type="char",
+        character_coverage=0.98,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=0,
+    )
+    log = capfd.readouterr().err
+    assert f"Loaded all {len(lines)} sentences" in log
+    assert "Skipped" not in log
+
+
+def test_lines_over_the_length_limit_are_learnt_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "LINE_CHARACTERS", 50)
+    source = write_jsonl(tmp_path / "t.jsonl", ["mühsam " * 1000])
+    summary = train_tokenizer(open_corpus(source), str(tmp_path / "t"), vocab_size=280)
+    assert "learnt from 7000 of their 7000 characters" in summary
+    assert "▁mühsam" in load_pieces(str(tmp_path / "t.model"))
 
 
 def load_pieces(path: str) -> set[str]:
@@ -443,9 +491,14 @@ def two_splits(folder: Path) -> str:
         pytest.param(written("a.jsonl", b""), "at least one document that is not empty", id="no row"),
         pytest.param(written("a.jsonl", b'{"text": "a"}\n{oops\n'), "a.jsonl: expected a readable json", id="json"),
         pytest.param(written("a.parquet", b"PAR1 rubbish"), "a.parquet: expected a readable parquet", id="parquet"),
-        pytest.param(written("a.txt", b"\xff\xfe\x00"), "a.txt: expected a readable text.*UnicodeDecode", id="text"),
+        pytest.param(written("a.txt", b"\xff\xfe\x00"), "a.txt: expected UTF-8 .* this is UTF-16 by", id="text"),
+        pytest.param(
+            written("a.txt", b"caf\xe9"), "a.txt: expected a readable text.*UTF-8 .*UnicodeDecode", id="latin"
+        ),
         pytest.param(written("a.jsonl.gz", b"{}"), "a.jsonl.gz: expected a readable json .*gzip", id="no gzip"),
-        pytest.param(written("a.txt.zip", b"PK\x03\x04\xff"), "a.txt.zip: expected a readable text", id="zip"),
+        pytest.param(
+            written("a.txt.zip", b"PK\x03\x04\xff"), "a.txt.zip: expected .*this is an archive; unpack", id="zip"
+        ),
         pytest.param(corrupt_gzip, "cut.jsonl.gz: expected a readable json .*ended before", id="cut gzip"),
     ],
 )

@@ -34,7 +34,7 @@ FLOORS = {
     "data": Floor(
         "from text to tokens",
         "errors files upstream",
-        "datasets fsspec numpy pyarrow sentencepiece transformers rich",
+        "datasets numpy pyarrow sentencepiece transformers rich",
     ),
     "sweep": Floor("many runs over a grid or a search", "errors files runs", "optuna rich yaml"),
     "transfer": Floor("from a sweep to the target's config", "errors theory files config runs fit", "yaml rich"),
