@@ -4,6 +4,7 @@ A `ConfigError` is printed as one line on rank 0 and ends the process with exit 
 Programming errors stay plain exceptions with their tracebacks.
 """
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 
@@ -33,6 +34,22 @@ class ConfigError(MegatronPatchError, ValueError):
         self.fix = fix
         shown = "not given" if got is None else str(got)
         super().__init__(f"{flag} {shown}: expected {expected}; {fix}".replace("\n", " "))
+
+
+class MegatronRefuses(MegatronPatchError, ValueError):
+    """Megatron's own validation does not accept the arguments.
+
+    Args:
+        said: why, in its own words.
+        values: the flags that it names, with their values.
+
+    >>> print(MegatronRefuses("heads must divide it", {"--hidden-size": 65, "--num-attention-heads": 4}))
+    Megatron refuses --hidden-size 65, --num-attention-heads 4: heads must divide it
+    """
+
+    def __init__(self, said: str, values: Mapping[str, object]) -> None:
+        named = ", ".join(f"{flag} {'not given' if value is None else value}" for flag, value in values.items())
+        super().__init__(f"Megatron refuses {named or 'these arguments'}: {said}")
 
 
 class UpstreamChanged(MegatronPatchError):

@@ -2,7 +2,6 @@
 
 import argparse
 import bisect
-import difflib
 import json
 import math
 import re
@@ -11,7 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.entry.exits import exit_code
-from megatron_patch.entry.run import DEFAULT_SCRIPT, asked_for, first_on_path, megatron_arguments, split_command_line
+from megatron_patch.entry.main import started_as
+from megatron_patch.entry.run import (
+    DEFAULT_SCRIPT,
+    asked_for,
+    did_you_mean,
+    first_on_path,
+    megatron_arguments,
+    split_command_line,
+)
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import load_yaml
 
@@ -21,8 +28,8 @@ if TYPE_CHECKING:
     from megatron_patch.upstream.dry.run import DryRun
     from megatron_patch.upstream.dry.schedule import Schedule
 
-USAGE = """usage: python -m megatron_patch explain [--config FILE.yaml] [SCRIPT.py] [the same arguments as run]
-           [--world-size N] [--rank R | --all-ranks] [--schedule] [--json]
+USAGE = """usage: {started} explain [--config FILE.yaml] [SCRIPT.py] [the same arguments as run]
+           [--world-size N] [--rank R | --all-ranks] [--schedule] [--json] [--ignore-unknown]
 
 A dry run on any machine, without GPUs or peers. Checks the arguments with Megatron's own validation, builds the model's
 shard of one rank on the meta device, and shows which parameter gets which LR, weight decay and eps, and why.
@@ -32,7 +39,8 @@ shard of one rank on the meta device, and shows which parameter gets which LR, w
   --all-ranks     build one rank of every distinct position and prove that they hold every parameter exactly once
   --schedule      LR, extra warmup factor and predicted relative update at every step (a selection on the terminal)
   --json          JSON on standard output instead of tables
-Example: python -m megatron_patch explain --config configs/target_70b_h100_bf16.yaml --world-size 512 --rank 37"""
+  --ignore-unknown   leave out flags that neither Megatron nor this package has: SCRIPT.py, which may, is never run
+Example: {started} explain --config configs/target_70b_h100_bf16.yaml --world-size 512 --rank 37"""
 
 SCHEDULE_ROWS = 24
 
@@ -40,7 +48,7 @@ SCHEDULE_ROWS = 24
 def explain(argv: Sequence[str]) -> None:
     """Explain what ``python -m megatron_patch explain`` was given; exits with code 2 on a user's mistake."""
     if not argv or "-h" in argv or "--help" in argv:
-        print(USAGE)
+        print(USAGE.format(started=started_as()))
         return
     if code := exit_code(lambda: _explain(argv)):
         sys.exit(code)
@@ -55,7 +63,7 @@ def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--rank", type=int)
-    for name in ("--all-ranks", "--schedule", "--json"):
+    for name in ("--all-ranks", "--schedule", "--json", "--ignore-unknown"):
         parser.add_argument(name, action="store_true")
     plain_errors(parser)
     options, rest = parser.parse_known_args(argv)
@@ -74,12 +82,19 @@ def plain_errors(parser: argparse.ArgumentParser) -> None:
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)[\s=]?(.*)", message):
             if not unknown[1].startswith("-"):
                 raise ConfigError(unknown[1], "given", "a flag", "put the script first and a value behind its flag")
-            near = difflib.get_close_matches(unknown[1], parser._option_string_actions, n=1, cutoff=0.0)
             value = unknown[2].partition(" --")[0] or "given"
-            raise ConfigError(unknown[1], value, "a flag of Megatron or of megatron_patch", f"did you mean {near[0]}?")
+            expected = "a flag of Megatron or of megatron_patch: explain never runs SCRIPT.py, which may have its own"
+            near = did_you_mean(unknown[1], parser._option_string_actions)
+            leave_out = "--ignore-unknown leaves it out"
+            raise ConfigError(unknown[1], value, expected, f"{near} {leave_out}" if near else leave_out)
         flag, _, problem = message.removeprefix("argument ").partition(": ")
-        got = re.search(r"(?:value|choice): '([^']*)'", problem)
-        raise ConfigError(flag, got[1] if got else "given", f"what its parser accepts ({problem})", "correct it")
+        got = re.search(r"(invalid (\w+) value|invalid choice): '([^']*)'(?: \(choose from (.*)\))?", problem)
+        if got and got[4]:
+            raise ConfigError(flag, got[3], f"one of {got[4]}", "choose one of them")
+        if got:
+            kind = {"int": "an integer", "float": "a number"}.get(got[2], f"a value of type {got[2]}")
+            raise ConfigError(flag, got[3], kind, "correct the value")
+        raise ConfigError(flag, "given", problem.removeprefix("expected "), "complete or correct it")
 
     parser.error = error  # type: ignore[method-assign, assignment]
 
@@ -112,6 +127,7 @@ def _explain(argv: Sequence[str]) -> None:
                 world_size=options.world_size,
                 rank=options.rank,
                 all_ranks=options.all_ranks,
+                ignore_unknown=options.ignore_unknown,
                 progress=progress,
             )
             steps = schedule(dry.args, dry.groups)

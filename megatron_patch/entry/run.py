@@ -5,32 +5,49 @@ import builtins
 import difflib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megatron_patch.config import Settings
+from megatron_patch.config.arguments import add_arguments
 from megatron_patch.entry.exits import exit_code
+from megatron_patch.entry.main import started_as
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import flag_name, load_yaml
 
 if TYPE_CHECKING:
     from megatron_patch.upstream.patch import Session
 
-USAGE = """usage: python -m megatron_patch run [--config FILE.yaml] [SCRIPT.py] [Megatron's arguments] [our flags]
+USAGE = """usage: {started} run [--config FILE.yaml] [SCRIPT.py] [Megatron's arguments] [our flags]
 
 SCRIPT.py is any Megatron training script, run untouched as if it had been started directly; without one, the project's
 own launch/pretrain_gpt.py. FILE.yaml holds flags (`num-layers: 4`); the command line wins over it.
-Example: deepspeed --num_gpus 2 --no_local_rank --module megatron_patch run --config configs/quickstart_proxy.yaml
-See all flags with: python -m megatron_patch run SCRIPT.py --help
-See what a run would do, on any machine, with: python -m megatron_patch explain --help"""
+See Megatron's flags, 4,000 lines, with: {started} run SCRIPT.py --help
+See what a run would do, on any machine, with: {started} explain --help
+
+Examples:
+  {started} run --config configs/quickstart_proxy.yaml --train-iters 40 --metrics-dir runs/try
+  {started} run pretrain_gpt.py ... --width-scaling sqrt --base-hidden-size 256 --alignment-interval 100 --save runs/a
+  deepspeed --num_gpus 8 --no_local_rank --module megatron_patch run --config configs/target_7b_h100_bf16.yaml
+
+Our flags, beside Megatron's own:"""
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The wheel carries the script inside the package; in a checkout, and its editable install, it lies beside it.
 _INSIDE = os.path.join(_PACKAGE, "launch", "pretrain_gpt.py")
 _BESIDE = os.path.join(os.path.dirname(_PACKAGE), "launch", "pretrain_gpt.py")
 DEFAULT_SCRIPT = _INSIDE if os.path.isfile(_INSIDE) else _BESIDE
+
+
+def usage() -> str:
+    """Return what --help prints: how to call it, and our flags."""
+    parser = argparse.ArgumentParser(
+        add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120)
+    )
+    described = add_arguments(parser).format_help()
+    return USAGE.format(started=started_as()) + described.partition("width transfer:")[2].rstrip()
 
 
 def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]:
@@ -55,6 +72,17 @@ def split_command_line(argv: Sequence[str]) -> tuple[str | None, str, list[str]]
             "SCRIPT.py", script, "an existing Python file", "check the path (flags of Megatron begin with --)"
         )
     return config, script, rest
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """Return the question whether the nearest of `known` was meant; None where nothing is near.
+
+    >>> did_you_mean("--bf61", ["--bf16", "--fp16"]), did_you_mean("--enable-gpt-oss", ["--enable-msc"])
+    ('did you mean --bf16?', None)
+    """
+    by_word = {name.lstrip("-"): name for name in known}  # the dashes are no likeness
+    near = difflib.get_close_matches(word.lstrip("-"), by_word, n=1, cutoff=0.75)
+    return f"did you mean {by_word[near[0]]}?" if near else None
 
 
 def _known_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -112,10 +140,8 @@ def explain_unknown(path: str, flags: Mapping[str, Any], parser: argparse.Argume
         known = _known_flags(parser)
         for name, value in flags.items():
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise ConfigError(
-                    f"{path}: {name}", value, "a flag of Megatron or of megatron_patch", f"did you mean {near[0]}?"
-                )
+                fix = did_you_mean(name, known) or "correct the key, or remove it"
+                raise ConfigError(f"{path}: {name}", value, "a flag of Megatron or of megatron_patch", fix)
         words = list(sys.argv[1:] if args is None else args)
         spelled = {f"--{name}": known[name] for name in flags}  # a script's own flags may have underscores
         return original([spelled.get(word, word) for word in words], namespace)
@@ -185,7 +211,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return
     path, script, arguments = split_command_line(argv)
     flags = load_yaml(path) if path else {}
@@ -206,8 +232,19 @@ def _run(argv: Sequence[str]) -> None:
         if not left.code:
             leave_report()
         raise
+    except Exception as error:
+        if not asked_for("cpu", flags, arguments) and not has_cuda():
+            error.add_note("(torch sees no CUDA device on this machine: add --cpu to train on CPU with gloo)")
+        raise
     refuse_unread_flags(script, arguments, session)
     leave_report()
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def leave_report() -> None:
@@ -230,8 +267,6 @@ def refuse_unread_flags(script: str, arguments: Sequence[str], session: "Session
     Raises:
         ConfigError: `arguments` ask for something, and the script never had them validated, so that nothing was done.
     """
-    from megatron_patch.upstream.flags import add_arguments
-
     ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(arguments)
     if Settings.of(vars(ours)).active and not session.active:
         raise ConfigError(

@@ -1,32 +1,18 @@
-"""The argument group "width transfer" in Megatron's own parser, and what of Megatron's contradicts it."""
+"""Our flags in Megatron's own parser and namespace, and what of Megatron's contradicts them."""
 
 import argparse
-import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from megatron_patch.config import OPTIONS, MetricsConfig, Settings, WarmupConfig, WidthConfig, flag, options_of
+from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig, flag, options_of
+from megatron_patch.config.arguments import add_arguments
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.alarm import read_proxy
 from megatron_patch.upstream.refusals import Feature, refuse
 from megatron_patch.upstream.width.bases import settle_bases
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add every flag of this package to `parser` and return it.
-
-    No flag may be called like a field of Megatron's config dataclasses: Megatron copies such attributes.
-    """
-    group = parser.add_argument_group(title="width transfer")
-    for one in OPTIONS:
-        if one.kind is bool:
-            group.add_argument(one.flag, action="store_true", help=one.help)
-        else:
-            group.add_argument(one.flag, type=one.kind, choices=one.choices, default=one.default, help=one.help)
-    return parser
 
 
 def refuse_yaml_cfg(words: Sequence[str]) -> None:
@@ -91,20 +77,30 @@ def restore_from_checkpoint(args: Any, saved: Any, command_line: Sequence[str]) 
     return changed
 
 
-def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's `load_args_from_checkpoint`, which --use-checkpoint-args calls, bringing back our flags too."""
+def restore(loaded: Any) -> None:
+    """Bring back our flags after Megatron's `load_args_from_checkpoint`, which --use-checkpoint-args calls.
 
-    @functools.wraps(original)
-    def load_args_from_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if isinstance(result, tuple):  # else there was no checkpoint, or none with arguments
-            ours, saved = result
-            changed = restore_from_checkpoint(ours, saved, sys.argv[1:])
-            if changed and ours.rank == 0:
-                print(f"> --use-checkpoint-args: {' '.join(changed)} from the checkpoint", flush=True)
-        return result
+    Args:
+        loaded: what it returned.
+    """
+    if isinstance(loaded, tuple):  # else there was no checkpoint, or none with arguments
+        ours, saved = loaded
+        changed = restore_from_checkpoint(ours, saved, sys.argv[1:])
+        if changed and ours.rank == 0:
+            print(f"> --use-checkpoint-args: {' '.join(changed)} from the checkpoint", flush=True)
 
-    return load_args_from_checkpoint
+
+def refuse_first(args: Any) -> None:
+    """Refuse what our flags cannot be honoured with before Megatron says what it has against it for other reasons.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    settings = Settings.of(vars(args))
+    if settings.active:
+        refuse(Feature.ANY, vars(args))
+    if settings.metrics.active:
+        refuse(Feature.METRICS, vars(args))
 
 
 def validate(args: Any, left_out: Collection[str] = ()) -> Settings:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_patch.config import Settings
+from megatron_patch.config.arguments import add_arguments
 from megatron_patch.errors import AuditError
 from megatron_patch.upstream import flags
 from megatron_patch.upstream.datasets import skip_compile_helpers
@@ -92,13 +93,14 @@ def entry_hooks(
         prepare_parser: called with every parser that Megatron makes.
     """
 
-    def add_arguments(call: Callable[[], Any], parser: Any) -> Any:
+    def add_ours(call: Callable[[], Any], parser: Any) -> Any:
         prepare_parser(parser)
-        parser = flags.add_arguments(call())
+        parser = add_arguments(call())
         flags.mend_help(parser)
         return parser
 
     def check_arguments(call: Callable[[], Any], args: Any) -> Any:
+        flags.refuse_first(args)
         left_out = sizes_left_out(args, sys.argv[1:], megatron_parser().get_default)
         validated = call()
         settings = flags.validate(args, left_out)
@@ -110,7 +112,7 @@ def entry_hooks(
         Hook(
             "megatron.training.arguments:add_megatron_arguments",
             ("parser",),
-            around(add_arguments, "parser"),
+            around(add_ours, "parser"),
             "add our flags",
         ),
         Hook(
@@ -125,7 +127,7 @@ def entry_hooks(
         Hook(
             "megatron.training.checkpointing:load_args_from_checkpoint",
             (),
-            flags.wrap_load_args,
+            after(flags.restore),
             "bring back our flags with --use-checkpoint-args",
         ),
     )

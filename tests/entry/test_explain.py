@@ -287,8 +287,8 @@ def test_own_options_may_stand_anywhere() -> None:
     ("argv", "message"),
     [
         ("--world-size 0", "--world-size 0: expected a positive integer; give the number of ranks"),
-        ("--world-size x", "--world-size x: expected what its parser accepts (invalid int value: 'x'); correct it"),
-        ("--rank", "--rank given: expected what its parser accepts (expected one argument); correct it"),
+        ("--world-size x", "--world-size x: expected an integer; correct the value"),
+        ("--rank", "--rank given: expected one argument; complete or correct it"),
         ("--rank 1 --all-ranks", "--rank 1: expected no --rank beside --all-ranks; drop one of the two"),
         ("no_such_script.py", "SCRIPT.py no_such_script.py: expected an existing Python file"),
         ("--config absent.yaml", "--config absent.yaml: expected a readable file"),
@@ -309,4 +309,4 @@ def test_mistakes_found_before_anything_is_imported(
 @pytest.mark.parametrize("argv", [[], ["--help"], ["--lr", "1", "-h"]])
 def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     explain(argv)
-    assert capsys.readouterr().out == USAGE + "\n"
+    assert capsys.readouterr().out == USAGE.format(started="megatron-patch") + "\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.config import OPTIONS
 from megatron_patch.entry.exits import exit_code
 from megatron_patch.entry.main import COMMANDS, main
 from megatron_patch.errors import ConfigError, Refused
@@ -75,8 +76,10 @@ main()
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    started = "python -m megatron_patch" if module or name in ("run", "explain") else "megatron-patch"
+    started = "python -m megatron_patch" if module else "megatron-patch"
     assert done.stdout.startswith(f"usage: {started} {name} ")
+    if name == "run":  # ours; Megatron's follow with a script
+        assert all(f"\n  {option.flag} " in done.stdout for option in OPTIONS)
     modules = json.loads(done.stderr)
     assert not HEAVY & {module.partition(".")[0] for module in modules}
     assert len(modules) < MODULES

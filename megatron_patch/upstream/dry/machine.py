@@ -1,10 +1,13 @@
 """Running parts of Megatron on a machine that is not the one they are meant for, alone, for a while, and quietly."""
 
+import ast
 import contextlib
 import copy
 import io
+import linecache
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -14,11 +17,16 @@ from typing import Any
 
 import torch
 
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.config import flag
+from megatron_patch.errors import ConfigError, MegatronPatchError, MegatronRefuses
 from megatron_patch.upstream.dry.coverage import Position
+from megatron_patch.upstream.patch import megatron_parser
 
 TRANSFORMER_ENGINE = "2.20.0"
 """The version that is taken to be on the machine meant, where this one has none."""
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Megatron wants it to be 1 for tensor and context parallelism, and not to be 1 for FSDP."""
 
 
 def prepare_machine(cpu: bool) -> bool:
@@ -55,16 +63,35 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def megatrons_checks() -> Iterator[None]:
-    """Turn an assertion of Megatron's, most of which have no class and some no text, into one line for the user."""
+    """Turn an assertion of Megatron's, most of which have no class and some no text, into one line for the user.
+
+    Raises:
+        MegatronRefuses: in Megatron's words, with the values of the flags that its words and its condition name.
+    """
     try:
         yield
     except MegatronPatchError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ConfigError(
-            "Megatron", "refuses these arguments", f"what it accepts ({said})", "correct the flag in question"
-        ) from error
+        raise MegatronRefuses(*_condition(error)) from error
+
+
+def _condition(error: Exception) -> tuple[str, dict[str, Any]]:
+    """Return what Megatron said, or else its condition, and the flags in both, with their values."""
+    frame, line = [*traceback.walk_tb(error.__traceback__)][-1]
+    condition, said = "", " ".join(str(error).split())
+    for node in ast.walk(ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))):
+        if isinstance(node, (ast.Assert, ast.If)) and node.lineno <= line <= (node.end_lineno or 0):
+            condition = ast.unparse(node.test)  # the innermost comes last
+    names = re.findall(r"--([a-z][a-z0-9-]+)", said) + re.findall(r"\b(?:args|self)\.(\w+)", condition)
+    known = {action.dest for action in megatron_parser()._actions}
+    values = {
+        name: getattr(owner, name)
+        for name in (name.replace("-", "_") for name in names)
+        for owner in (frame.f_locals.get("args"), frame.f_locals.get("self"))
+        if name in known and hasattr(owner, name)
+    }
+    return said or f"it wants {condition}", {flag(name): value for name, value in values.items()}
 
 
 @contextlib.contextmanager
@@ -88,14 +115,20 @@ def machine_meant() -> Iterator[None]:
     from megatron.core.transformer.moe import moe_utils
     from packaging.version import Version
 
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # launchers set it
-    with contextlib.ExitStack() as stack:
-        if utils.get_te_version() == Version("0.0.0"):  # not installed
-            stack.enter_context(assigned(utils, _te_version=Version(TRANSFORMER_ENGINE)))
-            for module in (rope_utils, moe_utils):
-                kernels = [name for name, value in vars(module).items() if name.startswith("fused_") and value is None]
-                stack.enter_context(assigned(module, **dict.fromkeys(kernels, object())))
-        yield
+    before = os.environ.get(CONNECTIONS)
+    os.environ[CONNECTIONS] = "1"  # launchers set it
+    try:
+        with contextlib.ExitStack() as stack:
+            if utils.get_te_version() == Version("0.0.0"):  # not installed
+                stack.enter_context(assigned(utils, _te_version=Version(TRANSFORMER_ENGINE)))
+                for module in (rope_utils, moe_utils):
+                    missing = [n for n, value in vars(module).items() if n.startswith("fused_") and value is None]
+                    stack.enter_context(assigned(module, **dict.fromkeys(missing, object())))
+            yield
+    finally:
+        os.environ.pop(CONNECTIONS, None)
+        if before is not None:
+            os.environ[CONNECTIONS] = before
 
 
 @contextlib.contextmanager

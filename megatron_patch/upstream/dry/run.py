@@ -21,6 +21,7 @@ from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.upstream.dry.coverage import Held, Position, merge
 from megatron_patch.upstream.dry.machine import (
+    CONNECTIONS,
     all_positions,
     assigned,
     distinct,
@@ -28,6 +29,7 @@ from megatron_patch.upstream.dry.machine import (
     megatrons_checks,
     process_groups,
 )
+from megatron_patch.upstream.patch import megatron_parser
 from megatron_patch.upstream.record import hyperparameter_table
 from megatron_patch.upstream.width.audit import audit_build
 from megatron_patch.upstream.width.bases import cautions, check_bases_used
@@ -115,6 +117,7 @@ def dry_run(
     world_size: int | None = None,
     rank: int = 0,
     all_ranks: bool = False,
+    ignore_unknown: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DryRun:
     """Return what a run with Megatron's command line `arguments` would train one rank's parameters, or all, with.
@@ -127,13 +130,14 @@ def dry_run(
         world_size: number of ranks; None = the smallest that holds one copy of the model.
         rank: the one to build.
         all_ranks: instead, build one rank of every distinct position and prove that they add up to the model.
+        ignore_unknown: leave out flags that no parser here knows, with a note.
         progress: called with the numbers of ranks built so far and in all.
 
     Raises:
         ConfigError: arguments that a run would be refused for.
         AuditError: param groups that a run would be refused for, or ranks that do not add up.
     """
-    args, notes = _validated(arguments, world_size, rank)
+    args, notes = _validated(arguments, world_size, rank, ignore_unknown)
     settings = Settings.of(vars(args))
     blueprint = _blueprint(args, gpu, notes)
     positions = all_positions(args)
@@ -160,13 +164,20 @@ def dry_run(
 # --- arguments and configs -------------------------------------------------------------------------------------------
 
 
-def _validated(arguments: Sequence[str], world_size: int | None, rank: int) -> tuple[Any, list[str]]:
+def _validated(
+    arguments: Sequence[str], world_size: int | None, rank: int, ignore_unknown: bool
+) -> tuple[Any, list[str]]:
     """Return Megatron's namespace after its own validation and ours, and what had to be added to it."""
     from megatron.training import arguments as megatron
 
     notes = []
-    with megatrons_checks(), machine_meant(), assigned(sys, argv=["explain", *arguments]):
-        args = megatron.parse_args()
+    with megatrons_checks(), assigned(sys, argv=["explain", *arguments]), machine_meant():
+        args = megatron.parse_args(ignore_unknown_args=ignore_unknown)
+        if ignore_unknown and (unknown := megatron_parser().parse_known_args(arguments)[1]):
+            notes.append(f"left out, since no parser here knows it: {' '.join(unknown)}")
+        _refuse_other_models(args)
+        if args.use_megatron_fsdp or args.use_torch_fsdp2:
+            os.environ.pop(CONNECTIONS, None)
         args.world_size = world_size or _smallest_world(args)
         args.rank = rank
         if not 0 <= rank < args.world_size:
@@ -178,6 +189,11 @@ def _validated(arguments: Sequence[str], world_size: int | None, rank: int) -> t
             args.metrics_dir = os.devnull
             notes.append("a run also needs --metrics-dir, --save or --tensorboard-dir, since metrics are on")
         megatron.validate_args(args)
+    return args, notes
+
+
+def _refuse_other_models(args: Any) -> None:
+    """Before Megatron says what it has against them."""
     if args.optimizer not in ("adam", "sgd"):
         raise ConfigError(
             "--optimizer", args.optimizer, "adam or sgd: others build param groups of their own", "explain one of these"
@@ -186,7 +202,6 @@ def _validated(arguments: Sequence[str], world_size: int | None, rank: int) -> t
         raise ConfigError(
             "--hybrid-layer-pattern", args.hybrid_layer_pattern, "a GPT: no other model is built here", "drop the flag"
         )
-    return args, notes
 
 
 def _smallest_world(args: Any) -> int:

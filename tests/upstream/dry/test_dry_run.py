@@ -319,17 +319,22 @@ def test_nothing_is_written_and_no_script_is_run(pool: Pool, tmp_path: Path) -> 
 
 
 MISTAKES = {
-    "--lrr 3": "--lrr 3: expected a flag of Megatron or of megatron_patch; did you mean --lr?",
-    "--own-flag": "--own-flag given: expected a flag of Megatron or of megatron_patch; did you mean --",
+    "--lrr 3": "--lrr 3: expected a flag of Megatron or of megatron_patch: explain never runs SCRIPT.py, which may have "
+    "its own; did you mean --lr? --ignore-unknown leaves it out",
+    "--enable-gpt-oss": "--enable-gpt-oss given: expected a flag of Megatron or of megatron_patch: explain never runs "
+    "SCRIPT.py, which may have its own; --ignore-unknown leaves it out",
     "more": "more given: expected a flag; put the script first",
-    "--lr abc": "--lr abc: expected what its parser accepts (invalid float value: 'abc')",
-    "--width-scaling square": "--width-scaling square: expected what its parser accepts (invalid choice: 'square'",
+    "--lr abc": "--lr abc: expected a number; correct the value",
+    "--width-scaling square": "--width-scaling square: expected one of 'none', 'standard', 'independent'",
     "--width-scaling sqrt": "--base-hidden-size not given: expected the hidden size of the proxy",
     "--rank 4": "--rank 4: expected 0 to 0, with 1 ranks; give --world-size too",
-    "--world-size 3 --tensor-model-parallel-size 2": "Megatron refuses these arguments: expected what it accepts "
-    "(world size (3) is not divisible by",
-    "--num-attention-heads 5": "Megatron refuses these arguments: expected what it accepts (assert args.hidden_size",
-    "--train-iters 0": "Megatron refuses these arguments: expected what it accepts (either train-iters or",
+    "--world-size 3 --tensor-model-parallel-size 2": "Megatron refuses these arguments: world size (3) is not divisible by",
+    "--num-attention-heads 5": "Megatron refuses --hidden-size 64, --num-attention-heads 5: it wants args.hidden_size % "
+    "args.num_attention_heads == 0",
+    "--train-iters 0": "Megatron refuses --train-samples not given: either train-iters or",
+    # What is refused with our flags, Megatron may refuse for a reason of the machine that is not there.
+    "--width-scaling sqrt --base-hidden-size 16 --use-megatron-fsdp": "--use-megatron-fsdp given: expected not together "
+    "with the width-transfer flags",
     "--optimizer muon": "--optimizer muon: expected adam or sgd",
     "--cpu --fp8-format hybrid": "--fp8-format hybrid: expected no such flag with --cpu",
     "--width-scaling sqrt --base-hidden-size 16 --base-q-lora-rank 8": "--base-q-lora-rank 8: expected a model with",
@@ -341,6 +346,20 @@ def test_mistakes_are_one_line_each(pool: Pool) -> None:
     for (words, message), e in zip(MISTAKES.items(), ended, strict=True):
         assert (e.code, e.out, e.err.count("\n")) == (2, "", 1), f"{words}: {e.err}"
         assert e.err.startswith(f"error: {message}"), e.err
+
+
+def test_what_the_tool_sets_is_never_the_users_mistake(pool: Pool) -> None:
+    """Megatron wants CUDA_DEVICE_MAX_CONNECTIONS to be 1 for tensor parallelism and not to be 1 for FSDP."""
+    fsdp = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer"
+    tensor = "--tensor-model-parallel-size 2 --sequence-parallel"
+    for ended in explained(pool, [[*COMMON, *words.split()] for words in (fsdp, tensor)]):
+        assert (ended.code, ended.err) == (0, "")
+
+
+def test_flags_of_the_scripts_own_can_be_left_out(pool: Pool) -> None:
+    (ended,) = explained(pool, [[*COMMON, "--json", "--ignore-unknown", "--own-flag", "3", "--lr", "0.5"]])
+    assert "left out, since no parser here knows it: --own-flag 3" in ended.json["warnings"]
+    assert {p["lr"] for p in ended.json["parameters"]} == {0.5}
 
 
 # --- size ------------------------------------------------------------------------------------------------------------
