@@ -64,7 +64,8 @@ def alignment_line(
         weight_norm=_root(s["weight"]),
     )
     if singular:
-        line["top_singular_value"] = _finite(s["top_singular_value"])
+        for key in ("top_singular_value", "top_singular_value_error"):
+            line[key] = _finite(s[key])
     if measured:
         line["tokens"] = round(s["tokens"])
         line["weight_alignment"] = alignment.alignment(s["weight_output"], s["weight"], s["input"])
@@ -97,7 +98,7 @@ def expert_means(rows: Sequence[Row], lines: Sequence[Line]) -> list[Line]:
         tokens = [line["tokens"] for _, line in group]
         total = None if None in tokens else sum(tokens)
         mean: Line = {**group[0][1], "layer": name, "kind": "expert_mean", "tokens": total}
-        for key in METRICS:
+        for key in (*METRICS, "top_singular_value_error"):
             values = [(line[key], line["tokens"] if total else 1) for _, line in group if line[key] is not None]
             weight = sum(w for _, w in values)
             mean[key] = sum(v * w for v, w in values) / weight if weight else None

@@ -11,8 +11,8 @@ from megatron_patch.metrics.views import Row
 from megatron_patch.theory.equilibrium import trajectory
 
 ROW = Row("layer", "column", fan_in=4, fan_out=9, m=2.0)
-# ‖W‖^2, ‖dW‖^2, ‖X‖^2, ‖W X‖^2, ‖dW X‖^2, tokens, lr, weight decay, top singular value
-SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0)
+# ‖W‖^2, ‖dW‖^2, ‖X‖^2, ‖W X‖^2, ‖dW X‖^2, tokens, lr, weight decay, top singular value and the bound of its error
+SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0, 1e-3)
 UPDATE_KEYS = (
     "update_norm",
     "relative_update",
@@ -32,7 +32,8 @@ def test_metrics_are_ratios_of_the_reduced_sums() -> None:
     assert line["update_alignment"] == pytest.approx(4 / 10)
     assert line["alignment_ratio"] == pytest.approx(4 / 3)
     assert line["relative_representation_change"] == pytest.approx(4 / 9)
-    assert (line["tokens"], line["lr"], line["top_singular_value"]) == (7, 0.1, 3.0)
+    assert (line["tokens"], line["lr"]) == (7, 0.1)
+    assert (line["top_singular_value"], line["top_singular_value_error"]) == (3.0, 1e-3)
 
 
 @pytest.mark.parametrize("zero_lr", [True, False])
@@ -54,7 +55,7 @@ def test_mean_over_experts_is_weighted_by_their_tokens() -> None:
     rows = [Row(f"experts.{i}.fc1", "column", 4, 9, 2.0, mean="experts.mean.fc1") for i in range(3)]
     sums = [(*SUMS[:5], tokens, *SUMS[6:]) for tokens in (1.0, 3.0, 0.0)]
     sums[0] = (144.0, *sums[0][1:])
-    sums[2] = (36.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.5, 3.0)  # no tokens: no alignment
+    sums[2] = (36.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.5, 3.0, 1e-3)  # no tokens: no alignment
     lines = [alignment_line(1, row, s, True, False, True) for row, s in zip(rows, sums, strict=True)]
     assert lines[2]["weight_alignment"] is None
     (mean,) = expert_means(rows, lines)

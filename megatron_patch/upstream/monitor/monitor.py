@@ -82,7 +82,6 @@ class AlignmentMonitor:
         self._args = args
         self._optimizer = optimizer
         self._step = _Step()
-        self._last_spectral = args.iteration
         config = get_model_config(model[0])
         wanted = re.compile(settings.alignment_layers)
         found = find_linears(model, parameters, config, parallel_state, find_masters(optimizer), wanted)
@@ -127,12 +126,6 @@ class AlignmentMonitor:
     def before_update(self) -> None:
         """Use the weights of this step while they are there; call it right before the optimizer's step."""
         step = self._step = replace(self._step, hyperparameters=live_hyperparameters(self._optimizer))
-        if step.spectral:
-            # Singular vectors are not in checkpoints: a resumed run has none, so an undisturbed one drops them too.
-            every = self._args.save_interval if self._args.save else None
-            if every and (step.iteration - 1) // every > (self._last_spectral - 1) // every:
-                self._meter.forget_singular_vectors()
-            self._last_spectral = step.iteration
         if step.measured:
             self._meter.before_update(step.alignment, step.spectral)
 

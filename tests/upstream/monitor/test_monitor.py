@@ -1,5 +1,6 @@
 """When the monitor measures, what it writes beside alignment.jsonl, and that it survives kills, skips and reruns."""
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from tests.support.training import TINY, Patched, Run, train
 MODEL = Model()
 KEYS = (
     "iteration layer kind fan_in fan_out m lr weight_decay tokens weight_norm update_norm relative_update "
-    "weight_alignment update_alignment alignment_ratio relative_representation_change top_singular_value"
+    "weight_alignment update_alignment alignment_ratio relative_representation_change top_singular_value "
+    "top_singular_value_error"
 ).split()
 
 
@@ -86,6 +88,18 @@ def test_a_killed_and_resumed_run_ends_with_the_files_of_an_uninterrupted_one(po
     pool.run(train, ranks=2, argv=argv, steps=6, hooks=Patched())
     for name in ("alignment.jsonl", "equilibrium.jsonl", "sublayers.jsonl"):
         assert (killed / "transfer" / name).read_bytes() == (whole / "transfer" / name).read_bytes(), name
+
+
+def test_a_run_whose_weights_become_nan_goes_on_and_its_metrics_are_null(pool: Pool, tmp_path: Path) -> None:
+    argv = [*TINY, *MODEL.flags(), "--lr", "1e18", "--clip-grad", "0", "--weight-decay", "0"]
+    argv += ["--no-check-for-nan-in-loss-and-grad"]
+    pool.run(train, argv=argv, steps=3, hooks=Monitored(str(tmp_path), spectral=1))
+    lines = read_lines(tmp_path)
+    assert {iteration for iteration, _ in lines} == {1, 2, 3}
+    for (iteration, _), line in lines.items():
+        measured = [line[key] for key in ("weight_norm", "top_singular_value", "top_singular_value_error")]
+        assert (None in measured) == (iteration == 3), line
+        assert not any(isinstance(value, float) and not math.isfinite(value) for value in line.values())
 
 
 @dataclass
