@@ -228,18 +228,23 @@ class Meter:
         self.probes.captured, self.probes.outputs = {}, {}
 
     def _chunks(self, views: Sequence[LinearView]) -> Iterator[list[LinearView]]:
-        """Split layers so that the inputs of a chunk fit a bucket, by sizes that all ranks agree on."""
-        chunk: list[LinearView] = []
-        elements = 0
-        for view in views:
-            size = self._tokens * view.weight().shape[1]
-            if chunk and elements + size > BUCKET_ELEMENTS:
+        """Split layers so that the inputs of a chunk fit a bucket, by sizes that all ranks of their groups agree on.
+
+        Layers of different shard groups are split apart: peers in one need not hold the same layers of another (two
+        tensor-parallel ranks with different experts, of which only one's are monitored).
+        """
+        for members in _by_group(views, "shard_group"):
+            chunk: list[LinearView] = []
+            elements = 0
+            for view in members:
+                size = self._tokens * view.weight().shape[1]
+                if chunk and elements + size > BUCKET_ELEMENTS:
+                    yield chunk
+                    chunk, elements = [], 0
+                chunk.append(view)
+                elements += size
+            if chunk:
                 yield chunk
-                chunk, elements = [], 0
-            chunk.append(view)
-            elements += size
-        if chunk:
-            yield chunk
 
     def _inputs(self, views: Sequence[LinearView]) -> dict[str, Tensor]:
         """Return the inputs of some layers, [B, C_loc]; scattered tokens are gathered for column-parallel ones."""

@@ -68,6 +68,7 @@ class Reporter:
         log: takes the values for the writers.
         files: alignment.jsonl, equilibrium.jsonl and sublayers.jsonl, of `open_files`; None: no files.
         alarm: of `open_alarm`; None: nothing is compared.
+        wanted_means: names of the means over experts that are reported.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Reporter:
         log: Log,
         files: tuple[JsonLines, JsonLines, JsonLines] | None = None,
         alarm: Alarm | None = None,
+        wanted_means: Sequence[str] = (),
     ) -> None:
         self._registry = registry
         self._wanted = wanted
@@ -85,6 +87,7 @@ class Reporter:
         self._log = log
         self._files = files
         self._alarm = alarm
+        self._wanted_means = frozenset(wanted_means)
         self._said_not_finite = False
 
     def report(self, measured: Measured, forecast: NormForecast) -> None:
@@ -100,10 +103,13 @@ class Reporter:
             for row, sums in zip(registry.rows, measured.table, strict=True)
         ]
         self._say_not_finite(measured)
-        kept = [(r, line) for r, line, wanted in zip(registry.rows, every, self._wanted, strict=True) if wanted]
-        lines = [line for _, line in kept]
-        equilibrium = [equilibrium_line(line, forecast, self._hidden_size) for line in lines]
-        lines += expert_means([row for row, _ in kept], lines)
+        predicted = [equilibrium_line(line, forecast, self._hidden_size) for line in every]
+        lines = [line for line, wanted in zip(every, self._wanted, strict=True) if wanted]
+        equilibrium = [line for line, wanted in zip(predicted, self._wanted, strict=True) if wanted]
+        for mean, mean_predicted in expert_means(registry.rows, every, predicted):
+            if mean["layer"] in self._wanted_means:
+                lines.append(mean)
+                equilibrium.append(mean_predicted)
         gains = []
         if measured.alignment:
             gains = [
