@@ -103,6 +103,33 @@ def test_ranks_without_what_others_measure_take_part_in_what_all_do(
             )
 
 
+@dataclass
+class Frozen(Monitored):
+    """Freezes every matrix of the transformer layers of one pipeline stage."""
+
+    def before_arguments(self) -> None:
+        super().before_arguments()
+        from megatron.core.models.gpt import GPTModel
+
+        build = GPTModel.__init__
+
+        def frozen(model: Any, *args: Any, **kwargs: Any) -> None:
+            build(model, *args, **kwargs)
+            if not model.pre_process:
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad = not (name.startswith("decoder.layers") and parameter.dim() == 2)
+
+        GPTModel.__init__ = frozen
+
+
+def test_a_stage_with_nothing_to_measure_takes_part_in_what_all_do(pool: Pool, tmp_path: Path) -> None:
+    argv = [*TINY, *MODEL.flags(), "--pipeline-model-parallel-size", "2"]
+    hooks = Frozen(str(tmp_path), layers="decoder", spectral=1, scatter=False)
+    pool.run(train, ranks=2, argv=argv, steps=2, hooks=hooks)
+    lines, sublayers = read_lines(tmp_path), read_lines(tmp_path, "sublayers")
+    assert {layer.split(".")[2] for _, layer in (*lines, *sublayers)} == {"0"}
+
+
 def chunked(layers: str, directory: str, argv: list[str]) -> None:
     """Train with buckets so small that each layer is a chunk of its own or nearly."""
     from megatron_patch.metrics import meter, reduce
