@@ -85,7 +85,7 @@ def costs(flags: dict[str, Any], dp: int, tokens: int | None = None) -> dict[str
         "bytes: scattered tokens, gathered twice": (2 * ACTIVATION_BYTES * gathered * b * others) if scattered else 0,
         "bytes: tokens to the owners of dW": ACTIVATION_BYTES * inputs_local * b * (dp - 1) / dp,
         "bytes: row-parallel outputs": 4 * 2 * row_outputs * b * others,
-        "bytes: all sums": 2 * 8 * 9 * lines,
+        "bytes: all sums": 2 * 8 * 10 * lines,
         "memory: slices of W": 4 * local / dp,
         "memory: sampled inputs": ACTIVATION_BYTES * held * b,
         "memory: chunk of inputs, sent and received": 3 * ACTIVATION_BYTES * max(BUCKET_ELEMENTS, widest * b),

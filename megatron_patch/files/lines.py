@@ -33,6 +33,8 @@ class AlignmentLine:
     alignment_ratio: float | None
     relative_representation_change: float | None
     top_singular_value: float | None
+    top_singular_value_error: float | None = None
+    """Bound of its relative error: the true value is at most that much larger, and no smaller."""
 
 
 @dataclass(frozen=True, slots=True)

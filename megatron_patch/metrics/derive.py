@@ -1,7 +1,7 @@
 """From reduced sums to the lines that are written."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +27,11 @@ METRICS = (
     "top_singular_value",
 )
 """The measured ones among them: averaged over experts, and shown to TensorBoard and W&B."""
+
+RESOLUTION = 2.0**-20
+"""Relative update below which it is null. An optimizer rounds each weight at the decay, at the update, and the factor
+1 - lr * weight decay itself: together at most 2^-23 + 2^-25 of it, a sixth of RESOLUTION (measured: 2^-25 with zero
+gradients)."""
 
 EQUILIBRIUM_METRICS = (
     "weight_rms",
@@ -64,12 +69,12 @@ def alignment_line(
         weight_norm=_root(s["weight"]),
     )
     if singular:
-        line["top_singular_value"] = _finite(s["top_singular_value"])
+        for key in ("top_singular_value", "top_singular_value_error"):
+            line[key] = _finite(s[key])
     if measured:
         line["tokens"] = round(s["tokens"])
         line["weight_alignment"] = alignment.alignment(s["weight_output"], s["weight"], s["input"])
-    # With a learning rate of 0 the difference of the weights is rounding noise, if it is not 0.
-    if measured and updated and s["lr"] > 0:
+    if measured and updated and s["lr"] > 0 and not _is_rounding(s["update"], s["weight"]):
         line.update(
             update_norm=_root(s["update"]),
             relative_update=alignment.relative_update(s["update"], s["weight"]),
@@ -82,27 +87,38 @@ def alignment_line(
     return line
 
 
-def expert_means(rows: Sequence[Row], lines: Sequence[Line]) -> list[Line]:
-    """Return for every layer of experts the mean line: each number weighted by the expert's sampled tokens.
+def expert_means(rows: Sequence[Row], lines: Sequence[Line], predicted: Sequence[Line]) -> Iterator[tuple[Line, Line]]:
+    """Yield for every layer of experts the mean lines: each number weighted by the expert's sampled tokens.
 
     An expert without tokens, or without a value, does not count. Without any tokens (no alignment measured, or none
     routed) weights and singular values are averaged with equal weights and the rest is null.
+
+    Args:
+        rows: the lines of the model.
+        lines: of alignment.jsonl, for each of them.
+        predicted: of equilibrium.jsonl, likewise.
     """
-    members: dict[str, list[tuple[Row, Line]]] = {}
-    for row, line in zip(rows, lines, strict=True):
+    members: dict[str, list[tuple[Line, Line]]] = {}
+    for row, line, prediction in zip(rows, lines, predicted, strict=True):
         if row.mean is not None:
-            members.setdefault(row.mean, []).append((row, line))
-    result = []
+            members.setdefault(row.mean, []).append((line, prediction))
     for name, group in members.items():
-        tokens = [line["tokens"] for _, line in group]
+        tokens = [line["tokens"] for line, _ in group]
         total = None if None in tokens else sum(tokens)
-        mean: Line = {**group[0][1], "layer": name, "kind": "expert_mean", "tokens": total}
-        for key in METRICS:
-            values = [(line[key], line["tokens"] if total else 1) for _, line in group if line[key] is not None]
-            weight = sum(w for _, w in values)
-            mean[key] = sum(v * w for v, w in values) / weight if weight else None
-        result.append(mean)
-    return result
+        shares = tokens if total else [1] * len(group)
+        mean: Line = {**group[0][0], "layer": name, "kind": "expert_mean", "tokens": total}
+        for key in (*METRICS, "top_singular_value_error"):
+            mean[key] = _mean([line[key] for line, _ in group], shares)
+        prediction = {**group[0][1], "layer": name}
+        for key in keys(EquilibriumLine)[2:]:
+            prediction[key] = _mean([line[key] for _, line in group], shares)
+        yield mean, prediction
+
+
+def _mean(values: Sequence[float | None], shares: Sequence[float]) -> float | None:
+    known = [(value, share) for value, share in zip(values, shares, strict=True) if value is not None]
+    total = sum(share for _, share in known)
+    return sum(value * share for value, share in known) / total if total else None
 
 
 def equilibrium_line(line: Line, forecast: NormForecast, hidden_size: int) -> Line:
@@ -159,6 +175,15 @@ def sublayer_line(
     output_rms = _rms(y["output"], y["tokens"] * width)
     gain = output_rms / input_rms if input_rms and output_rms is not None else None
     return asdict(SublayerLine(iteration=iteration, layer=name, input_rms=input_rms, output_rms=output_rms, gain=gain))
+
+
+def _is_rounding(update: float, weight: float) -> bool:
+    """Return whether an update is so small beside its weight that rounding of the fp32 weights may be much of it.
+
+    Args:
+        update, weight: sums of squares.
+    """
+    return update < RESOLUTION**2 * weight
 
 
 def _root(square: float) -> float | None:

@@ -33,6 +33,7 @@ SLOTS = (
     "lr",
     "weight_decay",
     "top_singular_value",
+    "top_singular_value_error",
 )
 """What is reduced for each line of the result."""
 
@@ -92,7 +93,7 @@ class Meter:
         ]
         self._require_equal_slices()
         self._partials = {id(v.shard_group): PartialSums(v.shard_group) for v in self._views if v.kind == "row"}
-        self._spectral = TopSingularValues(views, device)
+        self._spectral = TopSingularValues(views)
         self.probes = Probes(points, sublayers)
         self._tokens = 0
         self._reset()
@@ -136,10 +137,6 @@ class Meter:
         self._reset()
         return weights
 
-    def forget_singular_vectors(self) -> None:
-        """Measure the next top singular values without what the last measurement found."""
-        self._spectral.forget()
-
     def before_update(self, alignment: bool, spectral: bool) -> None:
         """Use the weights of this step while they are there: W X, ‖W‖, singular values, and a copy of the fp32 slices.
 
@@ -152,9 +149,10 @@ class Meter:
         with torch.no_grad(), full_precision():
             self._weight_sums()
             if spectral:
-                for view, values in self._spectral.measure():
-                    if group_rank(view.data_group) == 0 and group_rank(view.shard_group) == 0:
-                        self._add(view, "top_singular_value", values)
+                for top in self._spectral.measure():
+                    if group_rank(top.view.data_group) == 0 and group_rank(top.view.shard_group) == 0:
+                        self._add(top.view, "top_singular_value", top.values)
+                        self._add(top.view, "top_singular_value_error", top.errors)
             if alignment:
                 self._take_inputs()
                 for chunk in self._chunks(self._views):
@@ -230,18 +228,23 @@ class Meter:
         self.probes.captured, self.probes.outputs = {}, {}
 
     def _chunks(self, views: Sequence[LinearView]) -> Iterator[list[LinearView]]:
-        """Split layers so that the inputs of a chunk fit a bucket, by sizes that all ranks agree on."""
-        chunk: list[LinearView] = []
-        elements = 0
-        for view in views:
-            size = self._tokens * view.weight().shape[1]
-            if chunk and elements + size > BUCKET_ELEMENTS:
+        """Split layers so that the inputs of a chunk fit a bucket, by sizes that all ranks of their groups agree on.
+
+        Layers of different shard groups are split apart: peers in one need not hold the same layers of another (two
+        tensor-parallel ranks with different experts, of which only one's are monitored).
+        """
+        for members in _by_group(views, "shard_group"):
+            chunk: list[LinearView] = []
+            elements = 0
+            for view in members:
+                size = self._tokens * view.weight().shape[1]
+                if chunk and elements + size > BUCKET_ELEMENTS:
+                    yield chunk
+                    chunk, elements = [], 0
+                chunk.append(view)
+                elements += size
+            if chunk:
                 yield chunk
-                chunk, elements = [], 0
-            chunk.append(view)
-            elements += size
-        if chunk:
-            yield chunk
 
     def _inputs(self, views: Sequence[LinearView]) -> dict[str, Tensor]:
         """Return the inputs of some layers, [B, C_loc]; scattered tokens are gathered for column-parallel ones."""

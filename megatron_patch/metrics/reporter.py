@@ -1,5 +1,6 @@
 """Where the sums of a measured step go: the files of the metrics folder, the writers, and the live alarm."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Reporter:
         log: takes the values for the writers.
         files: alignment.jsonl, equilibrium.jsonl and sublayers.jsonl, of `open_files`; None: no files.
         alarm: of `open_alarm`; None: nothing is compared.
+        wanted_means: names of the means over experts that are reported.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Reporter:
         log: Log,
         files: tuple[JsonLines, JsonLines, JsonLines] | None = None,
         alarm: Alarm | None = None,
+        wanted_means: Sequence[str] = (),
     ) -> None:
         self._registry = registry
         self._wanted = wanted
@@ -84,6 +87,8 @@ class Reporter:
         self._log = log
         self._files = files
         self._alarm = alarm
+        self._wanted_means = frozenset(wanted_means)
+        self._said_not_finite = False
 
     def report(self, measured: Measured, forecast: NormForecast) -> None:
         """Write one step.
@@ -97,10 +102,14 @@ class Reporter:
             alignment_line(iteration, row, sums, measured.alignment, measured.spectral, measured.updated)
             for row, sums in zip(registry.rows, measured.table, strict=True)
         ]
-        kept = [(r, line) for r, line, wanted in zip(registry.rows, every, self._wanted, strict=True) if wanted]
-        lines = [line for _, line in kept]
-        equilibrium = [equilibrium_line(line, forecast, self._hidden_size) for line in lines]
-        lines += expert_means([row for row, _ in kept], lines)
+        self._say_not_finite(measured)
+        predicted = [equilibrium_line(line, forecast, self._hidden_size) for line in every]
+        lines = [line for line, wanted in zip(every, self._wanted, strict=True) if wanted]
+        equilibrium = [line for line, wanted in zip(predicted, self._wanted, strict=True) if wanted]
+        for mean, mean_predicted in expert_means(registry.rows, every, predicted):
+            if mean["layer"] in self._wanted_means:
+                lines.append(mean)
+                equilibrium.append(mean_predicted)
         gains = []
         if measured.alignment:
             gains = [
@@ -118,6 +127,22 @@ class Reporter:
         self._log(values, iteration)
         if self._alarm is not None and measured.alignment:
             self._alarm.compare(lines)
+
+    def _say_not_finite(self, measured: Measured) -> None:
+        """Say once that values are null because weights or activations are no numbers; the run goes on, as it would."""
+        spoilt = [
+            row.layer
+            for row, sums, wanted in zip(self._registry.rows, measured.table, self._wanted, strict=True)
+            if wanted and not all(map(math.isfinite, sums))
+        ]
+        if spoilt and not self._said_not_finite:
+            self._said_not_finite = True
+            print(
+                f"WARNING: metrics of iteration {measured.iteration}: weights, updates or inputs of {spoilt[0]} "
+                f"({len(spoilt)} of {sum(self._wanted)} lines) are not finite or beyond fp32; such values are null, "
+                "and this is not said again",
+                flush=True,
+            )
 
 
 def open_files(directory: str, last_iteration: int) -> tuple[JsonLines, JsonLines, JsonLines]:

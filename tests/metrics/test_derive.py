@@ -11,8 +11,8 @@ from megatron_patch.metrics.views import Row
 from megatron_patch.theory.equilibrium import trajectory
 
 ROW = Row("layer", "column", fan_in=4, fan_out=9, m=2.0)
-# ‖W‖^2, ‖dW‖^2, ‖X‖^2, ‖W X‖^2, ‖dW X‖^2, tokens, lr, weight decay, top singular value
-SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0)
+# ‖W‖^2, ‖dW‖^2, ‖X‖^2, ‖W X‖^2, ‖dW X‖^2, tokens, lr, weight decay, top singular value and the bound of its error
+SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0, 1e-3)
 UPDATE_KEYS = (
     "update_norm",
     "relative_update",
@@ -32,7 +32,8 @@ def test_metrics_are_ratios_of_the_reduced_sums() -> None:
     assert line["update_alignment"] == pytest.approx(4 / 10)
     assert line["alignment_ratio"] == pytest.approx(4 / 3)
     assert line["relative_representation_change"] == pytest.approx(4 / 9)
-    assert (line["tokens"], line["lr"], line["top_singular_value"]) == (7, 0.1, 3.0)
+    assert (line["tokens"], line["lr"]) == (7, 0.1)
+    assert (line["top_singular_value"], line["top_singular_value_error"]) == (3.0, 1e-3)
 
 
 @pytest.mark.parametrize("zero_lr", [True, False])
@@ -42,6 +43,14 @@ def test_without_an_update_its_metrics_are_null_and_the_weights_are_not(zero_lr:
     assert all(line[key] is None for key in UPDATE_KEYS)
     assert line["weight_alignment"] == pytest.approx(0.3)
     assert line["top_singular_value"] is None
+
+
+@pytest.mark.parametrize(("relative", "known"), [(2.0**-25, False), (9.5e-7, False), (9.6e-7, True), (1e-3, True)])
+def test_an_update_within_the_rounding_of_fp32_weights_is_null(relative: float, known: bool) -> None:
+    sums = (36.0, 36.0 * relative**2, *SUMS[2:])
+    line = alignment_line(10, ROW, sums, measured=True, singular=False, updated=True)
+    assert [line[key] is not None for key in UPDATE_KEYS] == [known] * len(UPDATE_KEYS)
+    assert line["weight_alignment"] == pytest.approx(0.3)
 
 
 def test_an_overflow_is_null_and_not_nan() -> None:
@@ -54,10 +63,17 @@ def test_mean_over_experts_is_weighted_by_their_tokens() -> None:
     rows = [Row(f"experts.{i}.fc1", "column", 4, 9, 2.0, mean="experts.mean.fc1") for i in range(3)]
     sums = [(*SUMS[:5], tokens, *SUMS[6:]) for tokens in (1.0, 3.0, 0.0)]
     sums[0] = (144.0, *sums[0][1:])
-    sums[2] = (36.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.5, 3.0)  # no tokens: no alignment
+    sums[2] = (36.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.5, 3.0, 1e-3)  # no tokens: no alignment
     lines = [alignment_line(1, row, s, True, False, True) for row, s in zip(rows, sums, strict=True)]
     assert lines[2]["weight_alignment"] is None
-    (mean,) = expert_means(rows, lines)
+    forecast = NormForecast(dict.fromkeys((r.layer for r in rows), "g"), {r.layer: i + 1.0 for i, r in enumerate(rows)})
+    predicted = [equilibrium_line(line, forecast, hidden_size=16) for line in lines]
+    ((mean, equilibrium),) = expert_means(rows, lines, predicted)
+    assert tuple(equilibrium) == keys(EquilibriumLine)
+    assert (equilibrium["iteration"], equilibrium["layer"]) == (1, "experts.mean.fc1")
+    assert equilibrium["weight_rms"] == pytest.approx((2 + 3 * 1) / 4)
+    assert equilibrium["predicted_weight_rms"] == pytest.approx((1 + 3 * 2) / 4)
+    assert equilibrium["normalised_top_singular_value"] is None
     assert (mean["layer"], mean["kind"], mean["tokens"]) == ("experts.mean.fc1", "expert_mean", 4)
     assert mean["weight_norm"] == pytest.approx((12 + 3 * 6) / 4)
     assert mean["weight_alignment"] == pytest.approx((9 / 60 + 3 * 9 / 30) / 4)

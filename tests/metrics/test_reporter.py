@@ -1,6 +1,7 @@
 """What a measured step leaves: lines in the files of the layers that are wanted, and values for the writers."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_patch.metrics.reporter import Measured, Reporter, open_files
 from megatron_patch.metrics.views import Row
 
 ROWS = [Row("a", "column", 4, 9, 1.0), Row("b", "row", 4, 9, 1.0)]
-SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0)
+SUMS = (36.0, 4.0, 25.0, 81.0, 16.0, 7.0, 0.1, 0.5, 3.0, 1e-3)
 """In the order of `SLOTS`."""
 
 
@@ -55,3 +56,19 @@ def test_a_step_goes_to_files_and_writers(tmp_path: Path, alignment: bool) -> No
     }
     assert set(values) == always | measured_now[alignment]
     assert values["weight_rms/b"] == 1.0
+
+
+def test_numbers_that_are_not_finite_are_null_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(Registry(ROWS, [], None), [True, True], 16, lambda *_: None, open_files(str(tmp_path), 0))
+    forecast = NormForecast({"a": "g", "b": "g"}, {"a": 0.5, "b": 0.5})
+    spoilt = (math.nan, *SUMS[1:8], math.nan, math.nan)
+    for iteration in (1, 2, 3):
+        reporter.report(Measured(iteration, True, True, True, [SUMS, SUMS if iteration == 1 else spoilt], []), forecast)
+    lines = [json.loads(line) for line in (tmp_path / "alignment.jsonl").read_text().splitlines()]
+    keys = ("weight_norm", "relative_update", "top_singular_value", "top_singular_value_error")
+    nulls = [[line[key] is None for key in keys] for line in lines]
+    assert nulls == [[False] * 4, [False] * 4, [False] * 4, [True] * 4, [False] * 4, [True] * 4]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(said) == 1
+    assert "iteration 2" in said[0]
+    assert "of b (1 of 2 lines)" in said[0]

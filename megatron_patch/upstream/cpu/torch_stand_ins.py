@@ -200,6 +200,20 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+def _without_a_draw(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`_BaseDataLoaderIter.__init__`, which draws a seed for its workers, without moving the generator."""
+
+    @functools.wraps(init)
+    def undrawn(*args: Any, **kwargs: Any) -> None:
+        import torch
+
+        state = torch.get_rng_state()
+        init(*args, **kwargs)
+        torch.set_rng_state(state)
+
+    return undrawn
+
+
 # --- distributed -----------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +247,13 @@ RNG_REASON = "Megatron's RNG tracker keeps CUDA generator states; on CPU, dropou
 TORCH_STAND_INS: tuple[StandIn, ...] = (
     *(StandIn(target, _factory_on_cpu, _DEVICE, wraps=True) for target in FACTORIES),
     StandIn("torch:Tensor.to", _to_on_cpu, _DEVICE, wraps=True),
+    StandIn(
+        "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
+        _without_a_draw,
+        "its seed comes from the CPU generator, on a GPU not that of dropout; a resumed run, which makes its iterators "
+        "after the states are loaded, would draw other masks than an uninterrupted one",
+        wraps=True,
+    ),
     StandIn("torch:Tensor.cuda", lambda tensor, *args, **kwargs: tensor, "batches and modules are moved with .cuda()"),
     StandIn("torch:Tensor.pin_memory", lambda tensor, *args: tensor, "only the CUDA driver can pin memory"),
     StandIn("torch:Tensor.record_stream", nothing, _ORDER),

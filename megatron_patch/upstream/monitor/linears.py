@@ -1,7 +1,7 @@
 """Finds the linear layers of Megatron's models, local and Transformer Engine, and describes each as a `LinearView`."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ class Found:
 
     views: tuple[LinearView, ...]
     points: tuple[CapturePoint, ...]
+    routers: dict[str, CapturePoint]
+    """The router of every MoE layer of this rank, by the layer's global name. Hearing it is a collective call, so who
+    hears it is decided by what all ranks know: see `routed_layers`."""
     param_groups: dict[str, str]
     """Key of the param group of every line, where this rank knows it."""
 
@@ -50,7 +53,7 @@ def find_linears(
     masters: Callable[[torch.nn.Parameter], Master],
     wanted: re.Pattern[str],
 ) -> Found:
-    """Return the linear layers of this rank whose name, or that of one of their parts, matches.
+    """Return the linear layers of this rank of which a line matches, or the mean over the experts that it enters.
 
     Args:
         model: Megatron's model chunks.
@@ -65,6 +68,7 @@ def find_linears(
     """
     views: list[LinearView] = []
     points: list[CapturePoint] = []
+    routers: dict[str, CapturePoint] = {}
     param_groups: dict[str, str] = {}
     by_parameter = {id(p.parameter): p for p in parameters}
     for chunk in model:
@@ -84,19 +88,32 @@ def find_linears(
                 continue
             master = masters(weight.parameter)
             view = _view(weight, kind, config, groups, master)
-            if any(wanted.search(row.layer) for row in view.rows):
+            if any(is_wanted(row, wanted) for row in view.rows):
                 by_module.setdefault(weight.module, []).append((weight, view))
                 views.append(view)
                 if master.param_group:
                     param_groups.update({row.layer: master.param_group for row in view.rows})
         for module, members in by_module.items():
             points.append(CapturePoint(module, _extract(module, members, experts)))
-        monitored = {weight.moe_layer for members in by_module.values() for weight, _ in members}
         for local_name, module in chunk.named_modules():
             moe_layer = names.get(local_name, "").removesuffix(".router")
-            if local_name.endswith(".router") and moe_layer in monitored and moe_layer in experts:
-                points.append(CapturePoint(module, _routing(experts[moe_layer], config, groups)))
-    return Found(tuple(views), tuple(points), param_groups)
+            if local_name.endswith(".router") and moe_layer in experts:
+                routers[moe_layer] = CapturePoint(module, _routing(experts[moe_layer], config, groups))
+    return Found(tuple(views), tuple(points), routers, param_groups)
+
+
+def is_wanted(row: Row, wanted: re.Pattern[str]) -> bool:
+    """Return whether a line is needed: for itself, or for the mean over the experts."""
+    return any(name is not None and wanted.search(name) for name in (row.layer, row.mean))
+
+
+def routed_layers(rows: Iterable[Row]) -> set[str]:
+    """Return the MoE layers of which an expert is monitored on any rank.
+
+    Args:
+        rows: the lines of the whole model.
+    """
+    return {row.layer.partition(".experts.")[0] for row in rows if row.mean is not None}
 
 
 def _weights(

@@ -17,10 +17,11 @@ from megatron_patch.metrics.reporter import Measured, Reporter, open_alarm, open
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import group_size
 from megatron_patch.metrics.writers import log_scalars
-from megatron_patch.upstream.monitor.linears import find_linears
+from megatron_patch.upstream.monitor.linears import find_linears, routed_layers
 from megatron_patch.upstream.monitor.masters import find_masters, live_hyperparameters
 from megatron_patch.upstream.monitor.sublayers import find_sublayers
 from megatron_patch.upstream.width.parameters import NamedParameter
+from megatron_patch.upstream.width.planned import collectively
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ class AlignmentMonitor:
         self._args = args
         self._optimizer = optimizer
         self._step = _Step()
-        self._last_spectral = args.iteration
         config = get_model_config(model[0])
         wanted = re.compile(settings.alignment_layers)
-        found = find_linears(model, parameters, config, parallel_state, find_masters(optimizer), wanted)
+        # What may fail on one rank alone does so on all, before any rank waits for the others.
+        found = collectively(
+            lambda: find_linears(model, parameters, config, parallel_state, find_masters(optimizer), wanted)
+        )
         sublayers = find_sublayers(model, found.views, config, parallel_state)
         world = dist.group.WORLD
         self._registry = Registry(
@@ -94,22 +97,27 @@ class AlignmentMonitor:
             world,
         )
         self._lines_wanted = [wanted.search(row.layer) is not None for row in self._registry.rows]
-        if not any(self._lines_wanted):
+        means = dict.fromkeys(row.mean for row in self._registry.rows if row.mean is not None)
+        self._means_wanted = tuple(mean for mean in means if wanted.search(mean))
+        if not any(self._lines_wanted) and not self._means_wanted:
             raise ConfigError(
                 "--alignment-layers",
                 settings.alignment_layers,
                 "a pattern that matches a linear layer of this model",
                 "see the names in hyperparameters.json",
             )
-        device = next(parameter for chunk in model for parameter in chunk.parameters()).device
-        self._meter = Meter(found.views, found.points, sublayers, self._registry, world, device)
+        device = torch.empty(0, device="cuda").device  # where Megatron puts parameters; a stage may be without any
+        routed = routed_layers(self._registry.rows)
+        routers = [point for moe_layer, point in found.routers.items() if moe_layer in routed]
+        self._meter = Meter(found.views, [*found.points, *routers], sublayers, self._registry, world, device)
         self.forecast = NormForecast(self._param_groups(found.param_groups), self._weight_rms())
         self._reporter = self._make_reporter() if args.rank == args.world_size - 1 else None
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the lines that are reported, in the order of the file, without the means over experts."""
-        return tuple(row.layer for row, wanted in zip(self._registry.rows, self._lines_wanted, strict=True) if wanted)
+        """Names of the lines that are reported, in the order of the file: the means over experts last."""
+        lines = zip(self._registry.rows, self._lines_wanted, strict=True)
+        return (*(row.layer for row, wanted in lines if wanted), *self._means_wanted)
 
     @property
     def held_bytes(self) -> int:
@@ -127,12 +135,6 @@ class AlignmentMonitor:
     def before_update(self) -> None:
         """Use the weights of this step while they are there; call it right before the optimizer's step."""
         step = self._step = replace(self._step, hyperparameters=live_hyperparameters(self._optimizer))
-        if step.spectral:
-            # Singular vectors are not in checkpoints: a resumed run has none, so an undisturbed one drops them too.
-            every = self._args.save_interval if self._args.save else None
-            if every and (step.iteration - 1) // every > (self._last_spectral - 1) // every:
-                self._meter.forget_singular_vectors()
-            self._last_spectral = step.iteration
         if step.measured:
             self._meter.before_update(step.alignment, step.spectral)
 
@@ -162,6 +164,16 @@ class AlignmentMonitor:
         """
         settings, args, directory = self._settings, self._args, self._settings.directory
         files = alarm = None
+        for flag, interval in (
+            ("--alignment-interval", settings.alignment_interval),
+            ("--spectral-interval", settings.spectral_interval),
+        ):
+            if interval > 0 and args.train_iters // interval == args.iteration // interval:
+                print(
+                    f"WARNING: {flag} {interval}: no iteration from {args.iteration + 1} to {args.train_iters}, where "
+                    "this run ends, is a multiple of it: nothing is measured; give a smaller interval",
+                    flush=True,
+                )
         if directory is not None:
             files = open_files(directory, args.iteration)
             if settings.reference_run is not None:
@@ -175,7 +187,7 @@ class AlignmentMonitor:
                     settings.reference_factor,
                     settings.reference_count,
                 )
-        return Reporter(self._registry, self._lines_wanted, args.hidden_size, _log, files, alarm)
+        return Reporter(self._registry, self._lines_wanted, args.hidden_size, _log, files, alarm, self._means_wanted)
 
     def _token_count(self) -> int:
         """Return how many tokens to look at on each data-parallel rank."""
