@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from megatron_patch.fit.curves import CONTROLS, Curve, Point, Study, grouped, label
-from megatron_patch.fit.optimum import NoOptimum, Ridge, fit_lr_weight_decay
+from megatron_patch.fit.found import NoOptimum, Ridge
+from megatron_patch.fit.optimum import fit_lr_weight_decay
 from megatron_patch.fit.report_card import Grade
 from megatron_patch.report.drawing import INK, LIGHT, Picture, hover, hover_cell, name_ends
 from megatron_patch.runs.trial import Trial
@@ -171,7 +172,10 @@ def _draw_trace(axes: Axes, trace: Trace, high: float) -> None:
 def _point_text(point: Point) -> str:
     text = f"base LR {point.lr:.4g}: "
     if point.diverged:
-        return text + ("diverged" if point.seeds == 1 else f"{point.diverged} of {point.seeds} seeds diverged")
+        ended = f", at losses of {min(point.blown):.4g} to {max(point.blown):.4g}" if point.blown else ""
+        if point.seeds == 1:
+            return f"{text}diverged" + (f", at a loss of {point.blown[0]:.4g}" if point.blown else "")
+        return f"{text}{point.diverged} of {point.seeds} seeds diverged{ended}"
     seeds = f" ({point.seeds} seeds, {point.low:.4f} to {point.high:.4f})" if point.seeds > 1 else ""
     return f"{text}loss {point.loss:.4f}{seeds}"
 

@@ -9,7 +9,9 @@ from typing import Any
 from megatron_patch.config import BASE_DIMENSIONS, WIDTH_RULES, Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import attributes
-from megatron_patch.fit.optimum import NoOptimum, Optimum, Ridge, fit_lr, fit_lr_weight_decay
+from megatron_patch.fit.blowups import described
+from megatron_patch.fit.found import NoOptimum, Optimum, Ridge
+from megatron_patch.fit.optimum import fit_lr, fit_lr_weight_decay
 from megatron_patch.runs.trial import Trial
 from megatron_patch.theory.transfer import (
     BATCH_SOURCES,
@@ -233,6 +235,8 @@ def _optimum(chosen: Sequence[Trial], options: Options, warnings: list[str]) -> 
         warnings.append(
             f"{sum(t.diverged for t in chosen)} runs diverged, at LR {', '.join(f'{v:.4g}' for v in diverged)}"
         )
+    if found.blown:
+        warnings.append(f"{len(found.blown)} runs count as diverged, as they blew up: {described(found.blown)}")
     for t in found.dropped:
         at = f"LR {t.lr:.4g}" + (f", weight decay {t.weight_decay:.4g}" if isinstance(found, Ridge) else "")
         warnings.append(f"left out as an outlier: loss {t.loss:.5g} at {at}" + (f" ({t.source})" if t.source else ""))

@@ -203,6 +203,19 @@ def test_refusals_and_force(convert: Any, trials: list[Trial], reason: str) -> N
     assert code == 0 and any(reason in w for w in said["warnings"])
 
 
+def test_a_sweep_that_blew_up_is_refused_and_what_blew_up_is_named(convert: Any) -> None:
+    """marin-community/marin 122c5018: written at LR 0.005548 once, with an interval of 0.02 octaves."""
+    target = MINIMAL + "weight-decay: 0.1\nwidth-scaling: independent\n"
+    losses = {0.004: 3.272, 0.008: 3.264, 0.016: 7.760, 0.032: 7.784}
+    sweep = [Trial(32, lr, loss) for lr, loss in losses.items()]
+    code, _, error = convert(sweep, target)
+    assert code == 3 and "as they blew up: loss 7.76 at LR 0.016, 7.784 at LR 0.032" in error
+    valley = [Trial(32, lr, 3.26 + 0.05 * math.log2(lr / 0.004) ** 2) for lr in (0.001, 0.002, 0.004, 0.008)]
+    code, said, _ = convert([*valley, *sweep[2:]], target)
+    assert (code, said["lr"]) == (0, pytest.approx(0.004, rel=0.01))
+    assert "2 runs count as diverged, as they blew up: loss 7.76 at LR 0.016, 7.784 at LR 0.032" in said["warnings"]
+
+
 def test_not_even_force_makes_an_optimum_of_nothing(convert: Any) -> None:
     target = MINIMAL + "weight-decay: 0.1\nwidth-scaling: sqrt\n"
     assert convert([Trial(32, 2.0**x, math.nan) for x in range(3)], target, "--force")[0] == 3
