@@ -14,7 +14,7 @@ from megatron_patch.fit.found import NoOptimum
 from megatron_patch.runs.trial import Trial, to_csv
 from megatron_patch.sweep.file import read_sweep
 from megatron_patch.transfer.convert import convert
-from megatron_patch.transfer.plan import Options
+from megatron_patch.transfer.options import Options
 from tests.support.pool import ROOT
 
 quick = settings(max_examples=80, deadline=None)
