@@ -29,6 +29,8 @@ BELOW = 0.05
 """
 SHARE = 6.0
 """A parabola's minimum is at most an eighth of its rise at the second LR away below the lowest loss of an even grid."""
+NEAR = 6
+"""LRs on each side of the best that a refusal lists."""
 FEW = 4
 """LRs that say too little about noise for a narrow interval."""
 NARROW = 0.1
@@ -258,7 +260,11 @@ def _levels(trials: Sequence[Trial]) -> dict[float, float]:
 
 
 def _curve(trials: Sequence[Trial]) -> str:
-    return ", ".join(f"{loss:.4g} at {lr:g}" for lr, loss in _levels(trials).items())
+    """The losses in words, of many those around the lowest."""
+    levels = list(_levels(trials).items())
+    place = min(range(len(levels)), key=lambda i: levels[i][1])
+    near = levels[max(place - NEAR, 0) : place + NEAR + 1]
+    return ", ".join(f"{loss:.4g} at {lr:g}" for lr, loss in near)
 
 
 def _best_point(used: Sequence[Trial], dropped: tuple[Trial, ...] = ()) -> Optimum | None:
