@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import load_yaml
-from megatron_patch.fit.optimum import NoOptimum
+from megatron_patch.fit.found import NoOptimum
 from megatron_patch.runs.trial import Trial, to_csv
 from megatron_patch.sweep.file import read_sweep
 from megatron_patch.transfer.convert import convert
-from megatron_patch.transfer.plan import Options
+from megatron_patch.transfer.options import Options
 from tests.support.pool import ROOT
 
 quick = settings(max_examples=80, deadline=None)

@@ -12,7 +12,7 @@ EXAMPLE = """examples:
 The first writes runs/quickstart/report.html and, beside it, report.png; with --output x.png only the picture."""
 RUN = (
     "folder of a run (its --save folder or --metrics-dir) or one above several runs, also running ones; the output "
-    "folder of a sweep; or a CSV table of trials (hidden_size, lr, loss, ...)"
+    "folder of a sweep; a CSV table of trials (hidden_size, lr, loss, ...); or a folder of TensorBoard or W&B files"
 )
 
 

@@ -23,7 +23,9 @@ def parser(started: str) -> argparse.ArgumentParser:
     add("--output", required=True, metavar="OUT.yaml", help="tuned copy of the target's config; replaced")
     add("--proxy", metavar="PROXY.yaml", help="the proxy's config, for sweeps that do not record it (CSV)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
-    add("--force", action="store_true", help="go on where the tool would refuse; every reason becomes a warning")
+    add(
+        "--force", action="store_true", help="go on where it would refuse; every reason becomes a warning and a comment"
+    )
     choice = result.add_argument_group("what to transfer")
     add = choice.add_argument
     add("--rule", choices=WIDTH_RULES, help="width rule; default: the target's, else the sweep's")
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None, started: str = "python tools/transfe
 
     def act() -> None:
         from megatron_patch.transfer.convert import convert
-        from megatron_patch.transfer.plan import Options
+        from megatron_patch.transfer.options import Options
 
         convert(*files, Options(**args), proxy=proxy, as_json=as_json)
 

@@ -8,8 +8,11 @@ from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.interpolate import PchipInterpolator
 
-from megatron_patch.fit.optimum import NoOptimum, Optimum, fit_lr
+from megatron_patch.fit.blowups import settle
+from megatron_patch.fit.found import NoOptimum, Optimum
+from megatron_patch.fit.optimum import fit_lr
 from megatron_patch.fit.seeds import aligned
 from megatron_patch.runs.trial import DIVERGED, Trial
 from megatron_patch.theory.width import RULES
@@ -74,6 +77,8 @@ class Point:
     seeds: int
     diverged: int
     """How many of them diverged."""
+    blown: tuple[float, ...] = ()
+    """Finite losses of those of them that blew up."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,11 @@ class Curve:
     @cached_property
     def points(self) -> tuple[Point, ...]:
         """The points in order of LR."""
-        means = grouped(aligned(self.trials), lambda t: t.lr)
-        return tuple(_point(lr, group, means[lr]) for lr, group in sorted(grouped(self.trials, lambda t: t.lr).items()))
+        settled = settle(self.trials)
+        means = grouped(aligned(settled.trials), lambda t: t.lr)
+        blown = grouped(settled.blown, lambda t: t.lr)
+        groups = sorted(grouped(settled.trials, lambda t: t.lr).items())
+        return tuple(_point(lr, group, means[lr], blown.get(lr, ())) for lr, group in groups)
 
     @cached_property
     def _fit(self) -> tuple[Optimum | None, str]:
@@ -131,7 +139,7 @@ class Curve:
         """Return the loss at any base LR; inf where a trial next to it diverged, None where nothing was swept.
 
         Within an octave of the fitted optimum it is the parabola of the fit, since that averages over noise. Elsewhere
-        it runs through the mean losses, between two of them as a blend of the two parabolas through three neighbours.
+        it runs through the mean losses and is monotone between two of them (PCHIP), so never below both.
         """
         points = self.points
         x = np.array([math.log2(point.lr) for point in points])
@@ -153,25 +161,23 @@ _CLOSE = 1e-6
 
 
 def _between(x: Array, y: Array, right: int, at: float) -> float:
-    """Return the value at `at`, which is between x[right - 1] and x[right]."""
-    share = (at - x[right - 1]) / (x[right] - x[right - 1])
-    total = weights = 0.0
-    for first, weight in ((right - 2, 1 - share), (right - 1, share)):
-        part = slice(first, first + 3)
-        if first >= 0 and first + 3 <= len(x) and np.isfinite(y[part]).all():
-            total += weight * float(np.polyval(np.polyfit(x[part], y[part], 2), at))
-            weights += weight
-    if not weights:
-        return float(y[right - 1] + share * (y[right] - y[right - 1]))
-    return total / weights
+    """Return the value at `at`, which is between x[right - 1] and x[right], of the monotone cubic through the points.
+
+    Fritsch and Butland, SIAM J. Sci. Stat. Comput. 1984. Points beyond one that diverged have no say.
+    """
+    lost = np.flatnonzero(~np.isfinite(y))
+    first = int(lost[lost < right].max(initial=-1)) + 1
+    end = int(lost[lost > right].min(initial=len(x)))
+    return float(PchipInterpolator(x[first:end], y[first:end])(at))
 
 
-def _point(lr: float, trials: Sequence[Trial], without_offsets: Sequence[Trial]) -> Point:
+def _point(lr: float, trials: Sequence[Trial], without_offsets: Sequence[Trial], blown: Sequence[Trial]) -> Point:
+    ended = tuple(t.loss for t in blown)
     losses = [trial.loss for trial in trials if not trial.diverged]
     if not losses:
-        return Point(lr, DIVERGED, DIVERGED, DIVERGED, len(trials), len(trials))
+        return Point(lr, DIVERGED, DIVERGED, DIVERGED, len(trials), len(trials), ended)
     mean = fmean(trial.loss for trial in without_offsets if not trial.diverged)
-    return Point(lr, mean, min(losses), max(losses), len(trials), len(trials) - len(losses))
+    return Point(lr, mean, min(losses), max(losses), len(trials), len(trials) - len(losses), ended)
 
 
 @dataclass(frozen=True)

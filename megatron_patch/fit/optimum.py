@@ -6,12 +6,14 @@ sweep that leaves the optimum open is refused: `NoOptimum` says which check fail
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_patch.errors import Refused
+from megatron_patch.fit.blowups import settle
+from megatron_patch.fit.found import NoOptimum, Optimum, Ridge
 from megatron_patch.fit.seeds import aligned, informative
 from megatron_patch.fit.surface import Surface, fit, outliers
 from megatron_patch.runs.trial import Trial
@@ -22,91 +24,17 @@ CONFIDENCE = 0.9
 """Of every interval."""
 UNBOUNDED = 0.05
 """Part of the bootstrap sample that may have no minimum."""
-RIDGE = 4.0
-"""A curvature across over one along of at least this is called a ridge: the loss is twice as narrow across."""
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """The optimum of one curve: a loss over log2(LR)."""
-
-    log2_lr: float
-    low: float
-    high: float
-    """The 90% bootstrap interval is [low, high], in log2(LR)."""
-    loss: float
-    """Fitted loss at the optimum, an LR that was not trained."""
-    curvature: float
-    """Second derivative at the optimum, nats per octave squared; nan where only a best point is known."""
-    points: int
-    """How many measurements were fitted."""
-    used: tuple[Trial, ...]
-    dropped: tuple[Trial, ...] = ()
-    """Finite measurements that do not fit the others."""
-
-    @property
-    def lr(self) -> float:
-        """The optimal LR."""
-        return float(2.0**self.log2_lr)
-
-    @property
-    def width(self) -> float:
-        """Width of the interval in octaves."""
-        return self.high - self.low
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """The optimum of a surface: a loss over log2(LR) and log2(weight decay)."""
-
-    log2_lr: float
-    log2_weight_decay: float
-    low: float
-    high: float
-    """90% interval of log2(LR), weight decay being free."""
-    weight_decay_low: float
-    weight_decay_high: float
-    """90% interval of log2(weight decay), LR being free."""
-    loss: float
-    direction: tuple[float, float]
-    """Unit vector (log2 LR, log2 weight decay) along which the loss rises least; (0.71, -0.71) keeps LR * decay."""
-    along: float
-    across: float
-    """Second derivatives along `direction` and at right angles to it, nats per octave squared."""
-    points: int
-    used: tuple[Trial, ...]
-    dropped: tuple[Trial, ...] = ()
-
-    @property
-    def lr(self) -> float:
-        """The optimal LR."""
-        return float(2.0**self.log2_lr)
-
-    @property
-    def weight_decay(self) -> float:
-        """The optimal weight decay."""
-        return float(2.0**self.log2_weight_decay)
-
-    @property
-    def is_ridge(self) -> bool:
-        """Whether the loss is much flatter along `direction` than across."""
-        return self.across >= RIDGE * self.along
-
-
-class NoOptimum(Refused):
-    """A sweep that does not tell its optimum.
-
-    Args:
-        reason: which check failed, with the numbers.
-        fix: what to do, an imperative sentence without a full stop.
-        partial: the best guess for those who insist; None where there is not even that.
-    """
-
-    def __init__(self, reason: str, fix: str, partial: Optimum | Ridge | None = None) -> None:
-        self.reason = reason
-        self.fix = fix
-        self.partial = partial
-        super().__init__(f"{reason}; {fix}")
+BELOW = 0.05
+"""Nats; an optimum that is further below all losses is not believed, unless they rise by `SHARE` times that next to it.
+"""
+SHARE = 6.0
+"""A parabola's minimum is at most an eighth of its rise at the second LR away below the lowest loss of an even grid."""
+NEAR = 6
+"""LRs on each side of the best that a refusal lists."""
+FEW = 4
+"""LRs that say too little about noise for a narrow interval."""
+NARROW = 0.1
+"""Of the distance to the next LR; an interval of so few LRs that is narrower is no measurement."""
 
 
 def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
@@ -121,9 +49,18 @@ def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
 
     Raises:
         NoOptimum: fewer than 3 LRs with a finite loss, the best LR at the edge of the grid, a curve that bends
-            downwards, an interval wider than `WIDEST`, or trials of more than one curve.
+            downwards, an interval wider than `WIDEST`, one too narrow to be true, a loss clearly below anything
+            measured, or trials of more than one curve.
     """
     _one_curve(trials, ("hidden_size", "weight_decay", "rule", "vector_lr", "steps"))
+    settled = settle(trials)
+    try:
+        return replace(_fit_curve(settled.trials, seed), blown=settled.blown)
+    except NoOptimum as error:
+        raise error.naming(settled.blown) from None
+
+
+def _fit_curve(trials: Sequence[Trial], seed: int) -> Optimum:
     raw = informative([t for t in trials if not t.diverged])
     finite = aligned(raw)
     lrs = sorted({t.lr for t in finite})
@@ -153,7 +90,9 @@ def fit_lr(trials: Sequence[Trial], *, seed: int = 0) -> Optimum:
     optimum = Optimum(
         float(surface.minimum[0]), low, high, surface.value, float(surface.hessian[0, 0]), len(used), used, dropped
     )
-    _check_inside(optimum, used, trials)
+    _check_inside(optimum, used)
+    _check_loss(optimum.lr, optimum.loss, _below_curve(used), surface, used, optimum)
+    _check_narrow(optimum, used)
     if len(used) == len(lrs) == 3:
         # No noise can be told from three losses. A curve with one minimum has it between the neighbours of the best.
         levels = sorted(math.log2(t.lr) for t in used)
@@ -180,6 +119,14 @@ def fit_lr_weight_decay(trials: Sequence[Trial], *, seed: int = 0) -> Ridge:
             that bends downwards, or an LR interval wider than `WIDEST`: a ridge too flat to choose a point on it.
     """
     _one_curve(trials, ("hidden_size", "rule", "vector_lr", "steps"))
+    settled = settle(trials)
+    try:
+        return replace(_fit_surface(settled.trials, seed), blown=settled.blown)
+    except NoOptimum as error:
+        raise error.naming(settled.blown) from None
+
+
+def _fit_surface(trials: Sequence[Trial], seed: int) -> Ridge:
     raw = informative([t for t in trials if not t.diverged and t.weight_decay is not None and t.weight_decay > 0])
     finite = aligned(raw)
     lrs, decays = sorted({t.lr for t in finite}), sorted({t.weight_decay or 0.0 for t in finite})
@@ -248,6 +195,8 @@ def _checked_ridge(
         ("weight decay", ridge.log2_weight_decay, lambda t: t.weight_decay),
     ):
         _check_hull(name, at, used, trials, of, ridge)
+    rises = np.quantile([t.loss for t in used], 0.5) - min(t.loss for t in used)
+    _check_loss(ridge.lr, ridge.loss, float(rises), surface, used, ridge)
     if not high - low <= WIDEST + 1e-9:
         product = _octaves(*_quantiles(surface.draws.sum(axis=1)))
         flat = (
@@ -297,33 +246,46 @@ def _one_curve(trials: Sequence[Trial], same: Sequence[str]) -> None:
             raise NoOptimum(f"the trials differ in {name} ({shown})", "fit them one by one")
 
 
+def _means[Key](trials: Sequence[Trial], key: Callable[[Trial], Key]) -> dict[Key, float]:
+    """Key -> mean loss, in the order in which the keys come."""
+    losses: dict[Key, list[float]] = {}
+    for t in trials:
+        losses.setdefault(key(t), []).append(t.loss)
+    return {own: fmean(values) for own, values in losses.items()}
+
+
 def _levels(trials: Sequence[Trial]) -> dict[float, float]:
     """LR -> mean loss, in the order of the LRs."""
-    return {lr: float(np.mean([t.loss for t in trials if t.lr == lr])) for lr in sorted({t.lr for t in trials})}
+    return dict(sorted(_means(trials, lambda t: t.lr).items()))
 
 
 def _curve(trials: Sequence[Trial]) -> str:
-    return ", ".join(f"{loss:.4g} at {lr:g}" for lr, loss in _levels(trials).items())
+    """The losses in words, of many those around the lowest."""
+    levels = list(_levels(trials).items())
+    place = min(range(len(levels)), key=lambda i: levels[i][1])
+    near = levels[max(place - NEAR, 0) : place + NEAR + 1]
+    return ", ".join(f"{loss:.4g} at {lr:g}" for lr, loss in near)
 
 
 def _best_point(used: Sequence[Trial], dropped: tuple[Trial, ...] = ()) -> Optimum | None:
-    """The best LR of the grid, for those who insist on an optimum; its interval are its neighbours."""
+    """The best LR of the grid, for those who insist on an optimum.
+
+    Its interval is between its neighbours. At an edge of the grid it is open: the optimum may lie outside.
+    """
     if not used:
         return None
     levels = _levels(used)
     lrs = list(levels)
     place = min(range(len(lrs)), key=lambda i: levels[lrs[i]])
-    low, high = (math.log2(lrs[max(0, min(i, len(lrs) - 1))]) for i in (place - 1, place + 1))
+    low = math.log2(lrs[place - 1]) if place else -math.inf
+    high = math.log2(lrs[place + 1]) if place + 1 < len(lrs) else math.inf
     at = math.log2(lrs[place])
     return Optimum(at, low, high, levels[lrs[place]], math.nan, len(used), tuple(used), dropped)
 
 
 def _best_pair(trials: Sequence[Trial]) -> Optimum | None:
     """The best LR of the grid among the trials with the best weight decay."""
-    means = {
-        pair: float(np.mean([t.loss for t in trials if (t.lr, t.weight_decay) == pair]))
-        for pair in {(t.lr, t.weight_decay) for t in trials}
-    }
+    means = _means(trials, lambda t: (t.lr, t.weight_decay))
     decay = min(means, key=lambda pair: means[pair])[1] if means else None
     return _best_point([t for t in trials if t.weight_decay == decay])
 
@@ -358,7 +320,7 @@ def _check_edge(best: Optimum, used: Sequence[Trial], trials: Sequence[Trial]) -
     raise NoOptimum(reason, fix, best)
 
 
-def _check_inside(optimum: Optimum, used: Sequence[Trial], trials: Sequence[Trial]) -> None:
+def _check_inside(optimum: Optimum, used: Sequence[Trial]) -> None:
     """Raise NoOptimum if the fitted optimum is outside of the LRs it was fitted to."""
     lrs = list(_levels(used))
     if lrs[0] < optimum.lr < lrs[-1]:
@@ -371,6 +333,53 @@ def _check_inside(optimum: Optimum, used: Sequence[Trial], trials: Sequence[Tria
         f"add {edge * step:.4g} and {edge * step**2:.4g}",
         optimum,
     )
+
+
+def _below_curve(used: Sequence[Trial]) -> float:
+    """Return how far the losses rise within two LRs of the best, on the side where they rise less."""
+    means = list(_levels(used).values())
+    place = means.index(min(means))
+    sides = means[max(place - 2, 0) : place], means[place + 1 : place + 3]
+    return min(max(side) for side in sides if side) - means[place]
+
+
+def _check_loss(
+    lr: float, loss: float, rise: float, surface: Surface, used: Sequence[Trial], partial: Optimum | Ridge
+) -> None:
+    """Raise NoOptimum if the fitted loss is clearly below anything measured.
+
+    Args:
+        lr, loss: of the fit.
+        rise: how far the losses around the best one rise.
+        surface: the fit.
+        used: what it was fitted to.
+        partial: the fit, for those who insist.
+    """
+    lowest = min(_means(used, lambda t: (t.lr, t.weight_decay)).values())
+    if lowest - loss <= max(BELOW, rise / SHARE, 3 * surface.sigma):
+        return
+    raise NoOptimum(
+        f"the fitted loss, {loss:.4g} at LR {lr:.4g}, is {lowest - loss:.3f} below the lowest that was measured, "
+        f"{lowest:.4g}: the losses are no valley around one LR",
+        f"train LR {lr:.4g}",
+        partial,
+    )
+
+
+def _check_narrow(optimum: Optimum, used: Sequence[Trial]) -> None:
+    """Raise NoOptimum if a few LRs give an interval that is far narrower than the grid is fine."""
+    lrs = list(_levels(used))
+    if not FEW >= len(lrs) > 3:
+        return
+    right = next(place for place, lr in enumerate(lrs) if lr > optimum.lr)
+    step = math.log2(lrs[right] / lrs[right - 1])
+    if optimum.width < NARROW * step:
+        raise NoOptimum(
+            f"{len(lrs)} learning rates that are {step:.2g} octaves apart cannot tell the best LR as closely as the "
+            f"fit says, {optimum.width:.2g} octaves: {_curve(used)}",
+            f"train LR {optimum.lr:.4g}, or more learning rates around it",
+            optimum,
+        )
 
 
 def _interval(surface: Surface, column: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_patch.fit.blowups import described
 from megatron_patch.fit.curves import CONTROLS, Curve, Study
 
 
@@ -111,6 +112,8 @@ def _grade(curve: Curve, proxy: Curve | None, study: Study) -> Grade:
         if fit and fit.dropped:
             losses = ", ".join(f"{t.loss:.4g} at LR {t.lr:.3g}" for t in fit.dropped)
             reasons.append(f"{who} fit leaves out what does not match the other losses: {losses}")
+        if fit and fit.blown:
+            reasons.append(f"{who} fit counts as diverged what blew up: {described(fit.blown)}")
     return Grade(
         curve,
         proxy,

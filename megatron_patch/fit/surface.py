@@ -33,6 +33,12 @@ CONTRAST = 3.5
 DRAWS = 2000
 OUTLIER_LEVEL = 0.01
 """Chance that a sweep without outliers loses a point."""
+ONE_BY_ONE = 30
+"""Measurements up to which each is predicted from the others; of more, one has too little say in the fit to matter."""
+ROUNDS = 5
+"""In which outliers among many measurements are looked for."""
+AT_ONCE = 2_000_000
+"""Random numbers of the bootstrap that are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,13 @@ def fit(x: Array, y: Array, *, seed: int = 0) -> Surface | None:
     freedom = found.freedom
     pool = found.residuals - found.residuals.mean()
     pool = pool / max(math.sqrt(float(np.mean(pool**2))), 1e-12)
-    noise = generator.choice(pool, (DRAWS, n)) * np.sqrt(freedom / generator.chisquare(freedom, (DRAWS, 1)))
-    priors = generator.normal(size=(DRAWS, found.solve.shape[1] - n))
-    coefficients = found.coefficients + np.concatenate([noise, priors], axis=1) @ found.solve.T
+    step = max(AT_ONCE // n, 1)
+    parts = []
+    for count in (min(step, DRAWS - first) for first in range(0, DRAWS, step)):
+        noise = generator.choice(pool, (count, n)) * np.sqrt(freedom / generator.chisquare(freedom, (count, 1)))
+        priors = generator.normal(size=(count, found.solve.shape[1] - n))
+        parts.append(found.coefficients + np.concatenate([noise, priors], axis=1) @ found.solve.T)
+    coefficients = np.concatenate(parts)
     draws = _minimise(coefficients, k, 4 * reach) + found.center
     value = float((_design(at) @ found.coefficients)[0])
     _, hessian = _derivatives(found.coefficients[None], at)
@@ -197,9 +207,12 @@ def outliers(x: Array, y: Array) -> list[int]:
     """Return the measurements that do not fit the others, by Rosner's generalised ESD test (Technometrics 1983).
 
     Each is predicted from the others; up to a quarter of the points can be found, fewer where too few would be left to
-    tell an outlier from a curve of another shape.
+    tell an outlier from a curve of another shape. More than `ONE_BY_ONE` are all predicted from the fit to all, in a
+    few rounds, each without what was found before.
     """
     n, k = x.shape
+    if n > ONE_BY_ONE:
+        return _outliers_of_many(x, y)
     kept, removed, found = list(range(n)), [], 0
     for _ in range(min(n // 4, n - 4 - (k - 1) * 3)):
         surprises = [(*_surprise(x, y, kept, i), i) for i in kept]
@@ -209,6 +222,31 @@ def outliers(x: Array, y: Array) -> list[int]:
         if surprise > _student(1 - OUTLIER_LEVEL / (2 * (len(kept) + 1)), freedom):
             found = len(removed)
     return removed[:found]
+
+
+def _outliers_of_many(x: Array, y: Array) -> list[int]:
+    kept, removed = np.arange(len(y)), list[int]()
+    for _ in range(ROUNDS):
+        places = np.unique(x[kept], axis=0)
+        if len(places) < len(_monomials(x.shape[1], 2)) + 1:
+            break
+        fitted = _fit(x[kept], y[kept], 3)
+        rows = _design(x[kept] - fitted.center, 3)
+        predicted = rows @ fitted.coefficients
+        inside = np.all((x[kept] > places.min(axis=0)) & (x[kept] < places.max(axis=0)), axis=1)
+        rise = np.where(inside, predicted, np.maximum(predicted, y[kept])) - fitted.lowest
+        misfit = np.where(inside, *MISFIT) * np.maximum(rise, 0)
+        seeds = len(kept) / len(places)
+        variance = seeds * fitted.sigma**2 + misfit**2 + np.sum((rows @ fitted.solve) ** 2, axis=1)
+        surprise = np.abs(y[kept] - predicted) / np.sqrt(variance)
+        limit = _student(1 - OUTLIER_LEVEL / (2 * len(kept)), fitted.freedom)
+        room = len(y) // 4 - len(removed)
+        found = [int(i) for i in np.argsort(-surprise)[:room] if surprise[i] > limit]
+        if not found:
+            break
+        removed += [int(kept[i]) for i in found]
+        kept = np.delete(kept, found)
+    return removed
 
 
 def _surprise(x: Array, y: Array, kept: list[int], i: int) -> tuple[float, float]:

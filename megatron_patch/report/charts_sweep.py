@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -13,13 +14,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from megatron_patch.fit.curves import CONTROLS, Curve, Point, Study, grouped, label
-from megatron_patch.fit.optimum import NoOptimum, Ridge, fit_lr_weight_decay
+from megatron_patch.fit.found import NoOptimum, Ridge
+from megatron_patch.fit.optimum import fit_lr_weight_decay
 from megatron_patch.fit.report_card import Grade
 from megatron_patch.report.drawing import INK, LIGHT, Picture, hover, hover_cell, name_ends
 from megatron_patch.runs.trial import Trial
 
 TALLEST = 1.0
 """Nats above the highest best loss that a picture of losses shows; what is higher sits at its upper edge."""
+MOST_POINTS = 60
+"""LRs that a line shows one by one; more are pooled in this many bins."""
+MOST_LEVELS = 24
+"""LRs, and weight decays, that a heat map shows one by one; the same."""
 FEWEST_CELLS = 2
 """Weight decays, and LRs, from which a heat map is worth drawing."""
 
@@ -70,7 +76,7 @@ def _caption(name: str, grades: Sequence[Grade], proxy: Curve | None) -> str:
 
 
 def _said(trace: Trace) -> str:
-    losses = ", ".join(f"{p.loss:.4g} at {p.lr:.3g}" for p in trace.curve.points)
+    losses = ", ".join(f"{p.loss:.4g} at {p.lr:.3g}" for p in shown_points(trace.curve))
     fit = trace.curve.optimum
     found = f"optimum {2**fit.log2_lr:.3g}" if fit else "no optimum"
     return f"{trace.name}, {found}: {losses}."
@@ -137,10 +143,39 @@ def draw_losses(axes: Axes, traces: Sequence[Trace], limits: tuple[float, float]
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.2g}"))
     ends = []
     for trace in traces:
-        shown = [p for p in trace.curve.points if math.isfinite(p.loss) and not p.diverged]
+        shown = [p for p in shown_points(trace.curve) if math.isfinite(p.loss) and not p.diverged]
         if shown:
             ends.append((trace.name, _x(shown[-1], trace), min(shown[-1].loss, high), trace.color))
     name_ends(axes, ends)
+
+
+def shown_points(curve: Curve) -> Sequence[Point]:
+    """Return the points of a curve as they are drawn: of many, means over bins of LRs, evenly spaced in log2."""
+    bins = _bins([p.lr for p in curve.points], MOST_POINTS)
+    return [_pooled(lr, members) for lr, members in grouped(curve.points, lambda p: bins[p.lr]).items()]
+
+
+def _bins(values: Sequence[float], most: int) -> dict[float, float]:
+    """Value -> what stands for it: itself, or if there are more than `most`, the middle of its bin in log2."""
+    single = sorted(set(values))
+    if len(single) <= most or single[0] <= 0:
+        return {value: value for value in single}
+    x = np.log2(single)
+    step = (x[-1] - x[0]) / most
+    places = np.minimum(((x - x[0]) / step).astype(int), most - 1)
+    return {value: float(2 ** (x[0] + (place + 0.5) * step)) for value, place in zip(single, places, strict=True)}
+
+
+def _pooled(lr: float, members: Sequence[Point]) -> Point:
+    if len(members) == 1:
+        return members[0]
+    known = [p for p in members if math.isfinite(p.loss)]
+    seeds, lost = sum(p.seeds for p in members), sum(p.diverged for p in members)
+    blown = tuple(loss for p in members for loss in p.blown)
+    if not known:
+        return Point(lr, math.nan, math.nan, math.nan, seeds, lost, blown)
+    loss = fmean(p.loss for p in known)
+    return Point(lr, loss, min(p.low for p in known), max(p.high for p in known), seeds, lost, blown)
 
 
 def _x(point: Point, trace: Trace) -> float:
@@ -148,13 +183,14 @@ def _x(point: Point, trace: Trace) -> float:
 
 
 def _draw_trace(axes: Axes, trace: Trace, high: float) -> None:
-    points = [p for p in trace.curve.points if math.isfinite(p.loss) and not p.diverged]
+    every = shown_points(trace.curve)
+    points = [p for p in every if math.isfinite(p.loss) and not p.diverged]
     x, y = [_x(p, trace) for p in points], [p.loss for p in points]
     if any(p.high > p.low for p in points):
         axes.vlines(x, [p.low for p in points], [p.high for p in points], color=trace.color, linewidth=1, alpha=0.7)
     (line,) = axes.plot(x, y, trace.dashes, color=trace.color, marker="o", markersize=4, linewidth=1.5)
     line.set_gid(hover(trace.name, [_point_text(p) for p in points]))
-    above = [p for p in trace.curve.points if p.diverged or not p.loss <= high]
+    above = [p for p in every if p.diverged or not p.loss <= high]
     if above:
         (marks,) = axes.plot(
             [_x(p, trace) for p in above],
@@ -171,7 +207,10 @@ def _draw_trace(axes: Axes, trace: Trace, high: float) -> None:
 def _point_text(point: Point) -> str:
     text = f"base LR {point.lr:.4g}: "
     if point.diverged:
-        return text + ("diverged" if point.seeds == 1 else f"{point.diverged} of {point.seeds} seeds diverged")
+        ended = f", at losses of {min(point.blown):.4g} to {max(point.blown):.4g}" if point.blown else ""
+        if point.seeds == 1:
+            return f"{text}diverged" + (f", at a loss of {point.blown[0]:.4g}" if point.blown else "")
+        return f"{text}{point.diverged} of {point.seeds} seeds diverged{ended}"
     seeds = f" ({point.seeds} seeds, {point.low:.4f} to {point.high:.4f})" if point.seeds > 1 else ""
     return f"{text}loss {point.loss:.4f}{seeds}"
 
@@ -202,11 +241,13 @@ def heat_maps(study: Study) -> list[Picture]:
 
 
 def _heat_map(title: str, trials: Sequence[Trial]) -> Picture:
-    curves = {
-        decay: Curve(title, trials[0].hidden_size, tuple(members))
-        for decay, members in sorted(grouped(trials, lambda t: t.weight_decay or 0.0).items())
-    }
-    cells = {(p.lr, decay): p for decay, curve in curves.items() for p in curve.points}
+    lrs = _bins([t.lr for t in trials], MOST_LEVELS)
+    decays = _bins([t.weight_decay or 0.0 for t in trials], MOST_LEVELS)
+    cells = {}
+    for decay, members in sorted(grouped(trials, lambda t: decays[t.weight_decay or 0.0]).items()):
+        curve = Curve(title, trials[0].hidden_size, tuple(members))
+        for lr, points in grouped(curve.points, lambda p: lrs[p.lr]).items():
+            cells[lr, decay] = _pooled(lr, points)
     finite = {place: p.loss for place, p in cells.items() if not p.diverged}
     best = min(finite, key=lambda place: finite[place], default=None)
     ridge, caption = None, ""

@@ -9,9 +9,13 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.fit.curves import Study, is_sweep, setting, study
 from megatron_patch.fit.report_card import Grade, report_card, verdicts
 from megatron_patch.report.tables import Cell, Table, exact, number
+from megatron_patch.runs.foreign import has_foreign_runs, read_foreign_runs
 from megatron_patch.runs.run import Run, find_runs, read_runs
 from megatron_patch.runs.trial import Trial, read_csv, trial_of_run
+from megatron_patch.runs.wandb import WANDB_NOTE
 
+MOST_ROWS = 1000
+"""Trials that the table of a page lists, so that the page stays small."""
 TABLE = "trials.csv"
 """What a sweep's output folder holds beside its runs: the trials, also those whose folder is gone."""
 
@@ -29,7 +33,8 @@ def read_all(paths: Sequence[str]) -> tuple[tuple[Run, ...], Sweep | None, tuple
     """Return the runs in or below some paths, the sweep that they and tables of trials make up, and notes.
 
     Args:
-        paths: folders of runs, output folders of sweeps, or CSV tables of trials.
+        paths: folders of runs, output folders of sweeps, CSV tables of trials, or folders of TensorBoard's or W&B's
+            files of Megatron runs without this package.
 
     Raises:
         ConfigError: a path without runs or trials, or a file that cannot be read.
@@ -37,7 +42,10 @@ def read_all(paths: Sequence[str]) -> tuple[tuple[Run, ...], Sweep | None, tuple
     tables = [path for path in paths if os.path.isfile(path)]
     folders = [path for path in paths if path not in tables]
     beside = [os.path.join(folder, TABLE) for folder in folders if os.path.isfile(os.path.join(folder, TABLE))]
-    with_runs = [folder for folder in folders if os.path.join(folder, TABLE) not in beside or _has_runs(folder)]
+    own = [folder for folder in folders if _has_runs(folder)]
+    foreign = [folder for folder in folders if folder not in own and os.path.join(folder, TABLE) not in beside]
+    foreign = [folder for folder in foreign if has_foreign_runs(folder)]
+    with_runs = [f for f in folders if f not in foreign and (f in own or os.path.join(f, TABLE) not in beside)]
     runs = read_runs(with_runs) if with_runs else ()
     notes, trials = [], []
     for run in runs:
@@ -48,7 +56,11 @@ def read_all(paths: Sequence[str]) -> tuple[tuple[Run, ...], Sweep | None, tuple
     known = {_identity(trial) for trial in trials}
     for path in [*beside, *tables]:
         trials += [trial for trial in read_csv(path) if _identity(trial) not in known]
-    found = sweep(trials) if is_sweep(trials) else None
+    for folder in foreign:
+        trials += read_foreign_runs(folder)
+    if any(trial.source.endswith(".wandb") for trial in trials):
+        notes.append(WANDB_NOTE)
+    found = sweep(trials) if is_sweep(trials) or foreign else None
     return runs, found, tuple(notes if found else ())
 
 
@@ -147,10 +159,11 @@ def trials_table(sweep: Sweep) -> Table:
             Cell("diverged", math.inf) if t.diverged else number(t.loss, 5),
             *(Cell("–") if getattr(t, name) is None else exact(getattr(t, name)) for name in names),
         )
-        for t in trials
+        for t in trials[:MOST_ROWS]
     )
     columns = ("rule", "width", "base LR", "validation loss", *(name.replace("_", " ") for name in names))
-    return Table(columns, rows)
+    more = f"The first {MOST_ROWS:,} of {len(trials):,} trials; all are in what this report was made from"
+    return Table(columns, rows, more if len(trials) > MOST_ROWS else "")
 
 
 def proxy_text(sweep: Sweep) -> str:

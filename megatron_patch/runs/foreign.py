@@ -22,13 +22,7 @@ def read_foreign_runs(path: str) -> tuple[Trial, ...]:
         ConfigError: no run, both kinds (which would count runs twice), or a file that is damaged or of an unfinished
             run.
     """
-    logs: list[str] = []
-    folders: list[str] = []
-    for folder, below, files in os.walk(path):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        logs += [os.path.join(folder, name) for name in sorted(files) if name.endswith(".wandb")]
-        if any(name.startswith("events.out.tfevents.") for name in files):
-            folders.append(folder)
+    logs, folders = _found(path)
     if logs and folders:
         raise ConfigError(
             path,
@@ -41,6 +35,23 @@ def read_foreign_runs(path: str) -> tuple[Trial, ...]:
             path, "", "runs: folders with a run.json, TensorBoard event files or W&B's .wandb files", "check the path"
         )
     return tuple(map(read_tensorboard, folders)) + tuple(map(read_wandb, logs))
+
+
+def has_foreign_runs(path: str) -> bool:
+    """Return whether there are TensorBoard's or W&B's files in or below a folder."""
+    return any(_found(path))
+
+
+def _found(path: str) -> tuple[list[str], list[str]]:
+    """Return W&B's files and the folders with TensorBoard's, in or below a folder."""
+    logs: list[str] = []
+    folders: list[str] = []
+    for folder, below, files in os.walk(path):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        logs += [os.path.join(folder, name) for name in sorted(files) if name.endswith(".wandb")]
+        if any(name.startswith("events.out.tfevents.") for name in files):
+            folders.append(folder)
+    return logs, folders
 
 
 def read_tensorboard(folder: str) -> Trial:

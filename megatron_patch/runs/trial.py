@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from megatron_patch.config import WIDTH_RULES, Settings
@@ -46,12 +46,18 @@ class Trial:
     @cached_property
     def settings(self) -> Settings:
         """What our flags were, where the arguments are known."""
-        return Settings.of(self.arguments)
+        return Settings.of(self.arguments) if self.arguments else _defaults()
 
     @property
     def diverged(self) -> bool:
         """Whether there is no finite loss."""
         return not math.isfinite(self.loss)
+
+
+@cache
+def _defaults() -> Settings:
+    """What our flags are where nothing is known of them, as in every row of a table."""
+    return Settings.of({})
 
 
 COLUMNS = tuple(f.name for f in fields(Trial) if f.name not in ("source", "arguments"))

@@ -14,11 +14,13 @@ from megatron_patch.config import Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.whole import write_text
 from megatron_patch.files.yaml_flags import attributes, load_yaml
+from megatron_patch.fit.found import NoOptimum
 from megatron_patch.runs.read import read_trials
 from megatron_patch.runs.wandb import WANDB_NOTE
 from megatron_patch.theory.width import Role, multipliers
 from megatron_patch.transfer.checks import Training
-from megatron_patch.transfer.plan import Conversion, Options, plan_conversion
+from megatron_patch.transfer.options import Options
+from megatron_patch.transfer.plan import Conversion, plan_conversion
 from megatron_patch.transfer.yaml_edit import edit
 
 _FAN_INS = {
@@ -63,13 +65,19 @@ def convert(
         raise ConfigError("--output", output, "a file name, and this is a folder", "add the name of the file")
     flags = load_yaml(target, "--target")
     trials = read_trials(sweep)
-    plan = plan_conversion(trials, flags, options, load_yaml(proxy, "--proxy") if proxy else None)
-    if any(t.source.endswith(".wandb") for t in trials):
-        plan = replace(plan, warnings=(*plan.warnings, WANDB_NOTE))
+    proxy_flags = load_yaml(proxy, "--proxy") if proxy else None
+    notes = (WANDB_NOTE,) if any(t.source.endswith(".wandb") for t in trials) else ()
+    try:
+        plan = plan_conversion(trials, flags, options, proxy_flags)
+    except NoOptimum as error:
+        if not notes:
+            raise
+        raise NoOptimum(error.reason, "; ".join((error.fix, *notes)), error.partial) from None
+    plan = replace(plan, warnings=(*plan.warnings, *notes))
     with open(target, encoding="utf-8", newline="") as file:
         text = file.read()
     title = f"Added by megatron-patch transfer, from the sweep {' '.join(sweep.split())}:"
-    new = edit(target, text, plan.changes, title)
+    new = edit(target, text, plan.changes, title, [f"Written by --force against: {text}" for text in plan.forced])
     if as_json:
         print(json.dumps(plan.as_json(), allow_nan=False))
     _write(output, new)
@@ -126,9 +134,8 @@ def classes(flags: Mapping[str, Any]) -> list[ClassValue]:
 
 def _show(plan: Conversion, output: str) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    low, high = plan.interval
     console.print(
-        f"proxy of width {plan.base_hidden_size}: best LR {plan.lr:.4g} (90% interval {_text(low)} to {_text(high)}), "
+        f"proxy of width {plan.base_hidden_size}: best LR {plan.lr:.4g} ({plan.spread}), "
         f"weight decay {plan.weight_decay:.4g}, expected loss {plan.loss:.4f}, from {plan.found.points} runs"
     )
     table = Table(title="What the target's parameters get, at the peak", title_justify="left")
@@ -144,7 +151,3 @@ def _show(plan: Conversion, output: str) -> None:
         changes.add_row(name, str(change.value), change.source)
     console.print(changes)
     console.print(f"{output}: check it with  python -m megatron_patch explain --config {output}", markup=False)
-
-
-def _text(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"

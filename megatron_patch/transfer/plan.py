@@ -9,19 +9,13 @@ from typing import Any
 from megatron_patch.config import BASE_DIMENSIONS, WIDTH_RULES, Settings
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import attributes
-from megatron_patch.fit.optimum import NoOptimum, Optimum, Ridge, fit_lr, fit_lr_weight_decay
+from megatron_patch.fit.blowups import described
+from megatron_patch.fit.found import NoOptimum, Optimum, Ridge
+from megatron_patch.fit.optimum import fit_lr, fit_lr_weight_decay
 from megatron_patch.runs.trial import Trial
-from megatron_patch.theory.transfer import (
-    BATCH_SOURCES,
-    DEPTH_SOURCE,
-    EMA_SOURCE,
-    BatchRule,
-    batch_lr_factor,
-    depth_lr_factor,
-    depth_residual_factor,
-    weight_decay_factor,
-)
+from megatron_patch.transfer.beyond import beyond_width
 from megatron_patch.transfer.checks import Training, differences
+from megatron_patch.transfer.options import Options
 from megatron_patch.transfer.yaml_edit import Change
 
 DIGITS = 6
@@ -32,32 +26,15 @@ the proxy was tuned to at every width (arXiv 2510.19093, section 5). Never witho
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user asked for."""
-
-    rule: str | None = None
-    base_hidden_size: int | None = None
-    weight_decay: float | None = None
-    """Use the trials with this weight decay; where the sweep has no such column, its weight decay."""
-    vector_lr: float | None = None
-    """Use the trials with this vector LR."""
-    steps: int | None = None
-    """Use the trials of this length."""
-    extra_warmup: str | None = None
-    extra_warmup_fraction: float | None = None
-    ema_timescale: bool = False
-    batch_lr: BatchRule | None = None
-    depth_lr: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
 class Conversion:
     """What the target's config will be changed to."""
 
     lr: float
     """The proxy's optimal base LR."""
     interval: tuple[float | None, float | None]
+    """An end is None where it is open: beyond the edge of the grid, or without a bound by the fit."""
+    spread: str
+    """The interval in words."""
     weight_decay: float
     base_hidden_size: int
     rule: str
@@ -65,6 +42,8 @@ class Conversion:
     found: Optimum | Ridge
     changes: Mapping[str, Change]
     warnings: tuple[str, ...]
+    forced: tuple[str, ...]
+    """Why this would have been refused without ``--force``."""
     flags: Mapping[str, Any]
     """Of the target, after the changes."""
 
@@ -98,8 +77,8 @@ def plan_conversion(
 
     Raises:
         ConfigError: a missing or contradictory setting.
-        NoOptimum: the sweep does not tell the optimum, or proxy and target differ in what no rule covers; with
-            `options.force` only if there is not even a best point.
+        NoOptimum: the sweep does not tell the optimum, or proxy and target differ in what no rule covers, with all
+            reasons at once; with `options.force` only if there is not even a best point.
     """
     if not trials:
         raise ConfigError("--sweep", "", "at least one run", "check the folder or the CSV file")
@@ -108,20 +87,19 @@ def plan_conversion(
     width = _proxy_width(trials, target, options, warnings)
     rule, rule_source = _rule(trials, target, options, warnings)
     chosen = _chosen(trials, width, rule, options)
-    found = _optimum(chosen, options, warnings)
+    base, here = Training.of_proxy(chosen, proxy), Training.of_flags(target)
+    lr_factor, vector_factor, decay_factor, covered, notes = beyond_width(base, here, options, warnings)
+    problems = [d for d in differences(base, here) if d.name not in covered]
+    warnings += [f"{d.text}; {d.fix}" for d in problems if not d.refuses]
+    found, open_questions = _optimum(chosen, warnings)
+    open_questions += [NoOptimum(d.text, d.fix) for d in problems if d.refuses]
+    if found is None:
+        raise _together(open_questions)
     lr, (low, high) = _round(found.lr), (_power(found.low), _power(found.high))
     weight_decay, decay_source = _weight_decay(found, chosen, target, proxy, options)
     where = "the sweep's optimum" if not math.isnan(getattr(found, "curvature", 0.0)) else "the sweep's best point"
-    spread = f", 90% interval {_shown(low)} to {_shown(high)}"
-    base = Training.of_proxy(found.used, proxy)
-    here = Training.of_flags(target)
-    lr_factor, vector_factor, decay_factor, covered, notes = _beyond_width(base, here, options, warnings)
-    problems = [d for d in differences(base, here) if d.name not in covered]
-    for problem in (d for d in problems if not d.refuses or options.force):
-        warnings.append(f"{problem.text}; {problem.fix}")
-    if (refused := [d for d in problems if d.refuses]) and not options.force:
-        raise Refused("; ".join(d.text for d in refused), "; ".join(dict.fromkeys(d.fix for d in refused)))
-    changes = {"lr": Change(_round(lr * lr_factor), f"{where} at width {width}{spread}{notes['lr']}")}
+    spread = f"{'its neighbours' if where.endswith('point') else '90% interval'} {_shown(low)} to {_shown(high)}"
+    changes = {"lr": Change(_round(lr * lr_factor), f"{where} at width {width}, {spread}{notes['lr']}")}
     vector_lr = found.used[0].vector_lr
     if vector_lr is not None or "vector-lr" in target or vector_factor != lr_factor:
         source = "the sweep's vector LR" if vector_lr is not None else "the sweep had one LR for all"
@@ -136,9 +114,31 @@ def plan_conversion(
     changes |= _warmup(target, rule, target_width / width, options, warnings)
     flags = {**target, **{name: change.value for name, change in changes.items()}}
     _validate(flags)
+    if open_questions and not options.force:
+        raise _together(open_questions)
+    forced = tuple(str(question) for question in open_questions)
+    warnings += [f"forced: {text}" for text in forced]
     return Conversion(
-        lr, (low, high), _round(weight_decay), width, rule, found.loss, found, changes, tuple(warnings), flags
+        lr,
+        (low, high),
+        spread,
+        _round(weight_decay),
+        width,
+        rule,
+        found.loss,
+        found,
+        changes,
+        tuple(warnings),
+        forced,
+        flags,
     )
+
+
+def _together(questions: Sequence[NoOptimum]) -> NoOptimum:
+    """Return one refusal for all reasons: who mends them one by one would train in vain in between."""
+    if len(questions) == 1:
+        return questions[0]
+    return Refused("; ".join(q.reason for q in questions), "; ".join(dict.fromkeys(q.fix for q in questions)))
 
 
 def _size(flags: Mapping[str, Any], name: str) -> int:
@@ -218,21 +218,30 @@ def _chosen(trials: Sequence[Trial], width: int, rule: str, options: Options) ->
     return chosen
 
 
-def _optimum(chosen: Sequence[Trial], options: Options, warnings: list[str]) -> Optimum | Ridge:
+def _optimum(chosen: Sequence[Trial], warnings: list[str]) -> tuple[Optimum | Ridge | None, list[NoOptimum]]:
+    """Return the optimum or the best guess at it, if there is one, and why it is no more than that."""
     decays = {t.weight_decay for t in chosen}
     found: Optimum | Ridge | None
+    refusals = []
     try:
         found = fit_lr(chosen) if len(decays) == 1 else fit_lr_weight_decay(chosen)
     except NoOptimum as error:
         found = error.partial
-        if not options.force or found is None:
-            raise
-        warnings.append(f"forced: {error}")
+        refusals.append(error)
+    if found is not None:
+        _warn_of_fit(found, chosen, warnings)
+    return found, refusals
+
+
+def _warn_of_fit(found: Optimum | Ridge, chosen: Sequence[Trial], warnings: list[str]) -> None:
+    """Add what was left out of a fit, and what it does not tell."""
     diverged = sorted({t.lr for t in chosen if t.diverged})
     if diverged:
         warnings.append(
             f"{sum(t.diverged for t in chosen)} runs diverged, at LR {', '.join(f'{v:.4g}' for v in diverged)}"
         )
+    if found.blown:
+        warnings.append(f"{len(found.blown)} runs count as diverged, as they blew up: {described(found.blown)}")
     for t in found.dropped:
         at = f"LR {t.lr:.4g}" + (f", weight decay {t.weight_decay:.4g}" if isinstance(found, Ridge) else "")
         warnings.append(f"left out as an outlier: loss {t.loss:.5g} at {at}" + (f" ({t.source})" if t.source else ""))
@@ -247,7 +256,6 @@ def _optimum(chosen: Sequence[Trial], options: Options, warnings: list[str]) -> 
             )
     elif len({t.lr for t in found.used}) == len(found.used) == 3 and not math.isnan(found.curvature):
         warnings.append("3 runs do not tell how noisy they are: the interval is the LRs on both sides of the best")
-    return found
 
 
 def _weight_decay(
@@ -281,53 +289,6 @@ def _weight_decay(
         "the weight decay of the sweep, which neither it nor the target's config has",
         "give --weight-decay, or add a column weight_decay",
     )
-
-
-def _beyond_width(
-    base: Training, here: Training, options: Options, warnings: list[str]
-) -> tuple[float, float, float, set[str], dict[str, str]]:
-    """Factors on LR, vector LR and weight decay of the options, the differences they cover, and notes for comments."""
-    lr = vector = decay = 1.0
-    covered: set[str] = set()
-    notes = dict.fromkeys(("lr", "vector-lr", "weight-decay"), "")
-    if options.batch_lr:
-        factor = batch_lr_factor(options.batch_lr, _ratio("--batch-lr", "batch", base, here))
-        lr, vector = lr * factor, vector * factor
-        covered.add("batch")
-        note = f", times {factor:.4g} for the batch ({options.batch_lr}; {BATCH_SOURCES[options.batch_lr]})"
-        notes["lr"] += note
-        notes["vector-lr"] += note
-    if options.depth_lr:
-        ratio = _ratio("--depth-lr", "depth", base, here)
-        lr *= depth_lr_factor(ratio)
-        covered.add("depth")
-        notes["lr"] += f", times {depth_lr_factor(ratio):.4g} for the depth ({DEPTH_SOURCE})"
-        notes["vector-lr"] += ", not scaled with depth"
-        if ratio != 1:
-            warnings.append(
-                f"--depth-lr belongs to residual branches multiplied by {depth_residual_factor(ratio):.4g}; "
-                "Megatron has no flag for that, so the model's code must do it, and the LM head gets the smaller LR too"
-            )
-    if options.ema_timescale:
-        ratios = _ratio("--ema-timescale", "batch", base, here), _ratio("--ema-timescale", "tokens", base, here)
-        decay = weight_decay_factor(*ratios, lr)
-        covered |= {"batch", "tokens"}
-        notes["weight-decay"] += f", times {decay:.4g} to keep B/(lr * wd * D) ({EMA_SOURCE})"
-    if lr != 1:
-        warnings.append(f"the target's lr is the proxy's times {lr:.4g}, by the options for batch and depth")
-    if decay != 1:
-        warnings.append(f"the target's weight-decay is the proxy's times {decay:.4g}, by --ema-timescale")
-    return lr, vector, decay, covered, notes
-
-
-def _ratio(flag: str, name: str, base: Training, here: Training) -> float:
-    values = base.values.get(name), here.values.get(name)
-    for value, whose, fix in zip(
-        values, ("proxy", "target"), ("give --proxy PROXY.yaml", "add the flags to the target's config"), strict=True
-    ):
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise ConfigError(flag, "given", f"the {whose}'s {name} to be known", fix)
-    return float(values[1]) / float(values[0])  # type: ignore[arg-type]
 
 
 def _other_bases(
@@ -384,4 +345,5 @@ def _power(log2: float) -> float | None:
 
 
 def _shown(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
+    """Return an end of an interval; an open one is at the edge of the grid or without a bound by the fit."""
+    return "(open)" if value is None else f"{value:.4g}"

@@ -1,7 +1,7 @@
 """Changing values in a flat YAML file of flags; every byte that is not part of a change stays as it was."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -34,7 +34,7 @@ def yaml_value(value: bool | int | float | str) -> str:
     return text if yaml.safe_load(text) == value else json.dumps(text)
 
 
-def edit(path: str, text: str, changes: Mapping[str, Change], title: str) -> str:
+def edit(path: str, text: str, changes: Mapping[str, Change], title: str, remarks: Sequence[str] = ()) -> str:
     """Return `text` with `changes`: values replaced where they stand, new flags in a block at the end.
 
     A value that already is the wanted number stays as it is written. The comment goes between the value and a comment
@@ -45,6 +45,7 @@ def edit(path: str, text: str, changes: Mapping[str, Change], title: str) -> str
         text: a flat YAML mapping, as `load_yaml` accepts it.
         changes: by flag name with dashes.
         title: first line of the block of new flags.
+        remarks: comments at the end, one line each.
 
     Raises:
         ConfigError: a flag is written in a way that cannot be edited in place: in braces, or as an alias.
@@ -78,8 +79,9 @@ def edit(path: str, text: str, changes: Mapping[str, Change], title: str) -> str
         pieces.append((start, end, f"{blank}{yaml_value(change.value)}  # {change.source}{was}{line_end}"))
     for start, end, new in sorted(pieces, reverse=True):
         text = text[:start] + new + text[end:]
-    if missing:
-        lines = [f"# {title}", *(f"{name}: {yaml_value(c.value)}  # {c.source}" for name, c in missing.items())]
+    lines = [f"# {title}", *(f"{name}: {yaml_value(c.value)}  # {c.source}" for name, c in missing.items())]
+    lines = (lines if missing else []) + [f"# {' '.join(remark.split())}" for remark in remarks]
+    if lines:
         gap = "" if not text else newline if text.endswith("\n") else 2 * newline
         text += gap + newline.join(lines) + newline
     _check(path, text, before, changes)

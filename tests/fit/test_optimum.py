@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_patch.fit.optimum import NoOptimum, Optimum, fit_lr, fit_lr_weight_decay
+from megatron_patch.fit.found import NoOptimum, Optimum
+from megatron_patch.fit.optimum import fit_lr, fit_lr_weight_decay
 from megatron_patch.runs.trial import Trial
 from tests.support.planted import OPTIMUM, SHAPES, curve, surface
 

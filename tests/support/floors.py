@@ -30,7 +30,7 @@ FLOORS = {
         "torch packaging megatron",
     ),
     "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
-    "fit": Floor("where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy"),
+    "fit": Floor("where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy scipy"),
     "data": Floor(
         "from text to tokens",
         "errors files upstream",

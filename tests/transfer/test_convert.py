@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,79 @@ def test_refusals_and_force(convert: Any, trials: list[Trial], reason: str) -> N
     assert code == 3 and error.startswith("refused: ") and reason in error
     code, said, _ = convert(trials, target, "--force")
     assert code == 0 and any(reason in w for w in said["warnings"])
+
+
+def test_a_sweep_that_blew_up_is_refused_and_what_blew_up_is_named(convert: Any) -> None:
+    """marin-community/marin 122c5018: written at LR 0.005548 once, with an interval of 0.02 octaves."""
+    target = MINIMAL + "weight-decay: 0.1\nwidth-scaling: independent\n"
+    losses = {0.004: 3.272, 0.008: 3.264, 0.016: 7.760, 0.032: 7.784}
+    sweep = [Trial(32, lr, loss) for lr, loss in losses.items()]
+    code, _, error = convert(sweep, target)
+    assert code == 3 and "as they blew up: loss 7.76 at LR 0.016, 7.784 at LR 0.032" in error
+    valley = [Trial(32, lr, 3.26 + 0.05 * math.log2(lr / 0.004) ** 2) for lr in (0.001, 0.002, 0.004, 0.008)]
+    code, said, _ = convert([*valley, *sweep[2:]], target)
+    assert (code, said["lr"]) == (0, pytest.approx(0.004, rel=0.01))
+    assert "2 runs count as diverged, as they blew up: loss 7.76 at LR 0.016, 7.784 at LR 0.032" in said["warnings"]
+
+
+def test_what_force_overruled_is_in_the_file(convert: Any, tmp_path: Path) -> None:
+    """Each reason a comment of its own, whether flags were added at the end or only values changed."""
+    sweep = runs(tmp_path / "runs", lrs=range(-10, -6), num_layers=4, kv_channels=16)
+    target = ROOT / "configs" / "example_target_w256.yaml"
+    code, said, _ = convert(sweep, target, "--force")
+    assert code == 0
+    text = (tmp_path / "out.yaml").read_text()
+    comments = [line for line in text.splitlines() if line.startswith("# Written by --force against: ")]
+    assert len(comments) == 3
+    for reason in ("0.007812 is the highest of the grid", "layers: 4 in the proxy", "head size: 16 in the proxy"):
+        assert sum(reason in line for line in comments) == 1
+        assert sum(reason in line for line in said["warnings"]) == 1
+    assert load_yaml(str(tmp_path / "out.yaml"))["lr"] == said["lr"]
+    assert convert(runs(tmp_path / "good"), target)[0] == 0
+    assert "Written by --force" not in (tmp_path / "out.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lrs", "interval"),
+    [
+        (range(-10, -6), [2.0**-8, None]),  # the best LR is the highest of the grid
+        (range(-6, -1), [None, 2.0**-5]),
+    ],
+)
+def test_an_interval_at_the_edge_of_the_grid_is_open(
+    convert: Any, tmp_path: Path, lrs: Sequence[int], interval: list[float | None]
+) -> None:
+    code, said, _ = convert(curve(lrs=lrs), MINIMAL + "weight-decay: 0.1\nwidth-scaling: sqrt\n", "--force")
+    assert (code, said["lr_interval"]) == (0, interval)
+    shown = ["(open)" if end is None else f"{end:.4g}" for end in interval]
+    text = (tmp_path / "out.yaml").read_text()
+    assert f"the sweep's best point at width 32, its neighbours {shown[0]} to {shown[1]}" in text
+
+
+def test_all_refusals_come_at_once(convert: Any, tmp_path: Path) -> None:
+    """Who heard of the config's only after training more LRs would have trained in vain."""
+    sweep = runs(tmp_path / "runs", lrs=range(-10, -6), num_layers=4, kv_channels=16)
+    code, _, error = convert(sweep, ROOT / "configs" / "example_target_w256.yaml")
+    assert code == 3 and error.count("\n") == 1
+    for part in ("highest of the grid", "add 0.01562", "layers: 4", "head size: 16", "--depth-lr"):
+        assert part in error
+
+
+def test_a_mistake_in_the_config_comes_before_a_refusal_of_the_fit(convert: Any) -> None:
+    code, _, error = convert(curve(lrs=(-7, -6)), MINIMAL + "width-scaling: sqrt\n")
+    assert code == 2 and error.startswith("error: --weight-decay not given")
+
+
+def test_a_refusal_of_a_wandb_sweep_says_whose_losses_they_are(
+    convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [replace(t, source=f"run-{t.lr}.wandb") for t in curve(lrs=range(-10, -6))]
+    monkeypatch.setattr("megatron_patch.transfer.convert.read_trials", lambda path: tuple(trials))
+    target = MINIMAL + "weight-decay: 0.1\nwidth-scaling: sqrt\n"
+    code, _, error = convert(tmp_path, target)
+    assert code == 3 and "the losses are that set's" in error and error.count("\n") == 1
+    code, said, _ = convert(tmp_path, target, "--force")
+    assert code == 0 and any("the losses are that set's" in w for w in said["warnings"])
 
 
 def test_not_even_force_makes_an_optimum_of_nothing(convert: Any) -> None:
