@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -128,6 +129,16 @@ def last_lines(folder: str, count: int = LOG_LINES) -> list[str]:
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+
+
+def failure_kind(folder: str, outcome: Outcome) -> str:
+    """Return what a failure has in common with others of its kind: its reason and its last line, without numbers.
+
+    >>> failure_kind("nowhere", Outcome(FAILED, reason="exit code 2, no run.json"))
+    'exit code #, no run.json: '
+    """
+    last = "".join(last_lines(folder, 1)).replace(os.path.basename(folder), "TRIAL")
+    return re.sub(r"[-+]?\b[\d.]+(e[-+]?\d+)?\b", "#", f"{outcome.reason}: {last}")
 
 
 class Attempt:

@@ -162,7 +162,7 @@ def _validated(arguments: Sequence[str], world_size: int | None, rank: int) -> t
     notes = []
     with megatrons_checks(), machine_meant(), assigned(sys, argv=["explain", *arguments]):
         args = megatron.parse_args()
-        args.world_size = world_size or _smallest_world(args)
+        args.world_size = world_size or smallest_world(args)
         args.rank = rank
         if not 0 <= rank < args.world_size:
             raise ConfigError(
@@ -184,7 +184,8 @@ def _validated(arguments: Sequence[str], world_size: int | None, rank: int) -> t
     return args, notes
 
 
-def _smallest_world(args: Any) -> int:
+def smallest_world(args: Any) -> int:
+    """Return the number of ranks that hold one copy of the model."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     experts = args.expert_model_parallel_size * args.pipeline_model_parallel_size
     experts *= args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -197,7 +198,7 @@ def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
 
     asked = args.transformer_impl
     with megatrons_checks(), machine_meant():
-        _settle_vocabulary(args, notes)
+        settle_vocabulary(args, notes)
         config = gpt_config_from_args(args)
         config.finalize()
         if config.should_pad_vocab:
@@ -225,7 +226,7 @@ def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
     return _Blueprint(config, any_attention=not gpu and asked != "local")
 
 
-def _settle_vocabulary(args: Any, notes: list[str]) -> None:
+def settle_vocabulary(args: Any, notes: list[str]) -> None:
     """Find out the size of the vocabulary, from the tokenizer if it can be read here."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
