@@ -66,7 +66,7 @@ def _refuse(path: str, found: Sequence[Checked]) -> None:
     wrong = [checked for checked in found if checked.mistake]
     if not wrong:
         return
-    kinds = {re.sub(r"[\d.]+(e[-+]?\d+)?", "#", checked.mistake) for checked in wrong}
+    kinds = {re.sub(r"\d[\d.]*(e[-+]?\d+)?", "#", checked.mistake) for checked in wrong}
     several = f" for {len(kinds)} different reasons, of which this is the first" if len(kinds) > 1 else ""
     raise MegatronPatchError(
         f"{path}: {len(wrong)} of {len(found)} trials would be refused{several}: trial {wrong[0].name}: "

@@ -138,7 +138,7 @@ def failure_kind(folder: str, outcome: Outcome) -> str:
     'exit code #, no run.json: '
     """
     last = "".join(last_lines(folder, 1)).replace(os.path.basename(folder), "TRIAL")
-    return re.sub(r"[-+]?\b[\d.]+(e[-+]?\d+)?\b", "#", f"{outcome.reason}: {last}")
+    return re.sub(r"[-+]?\b\d[\d.]*(e[-+]?\d+)?\b", "#", f"{outcome.reason}: {last}")
 
 
 class Attempt:

@@ -34,7 +34,7 @@ def closing(trials: Sequence[Trial], sweep: str, output: str) -> list[str]:
     if any(curve.optimum and curve.hidden_size == s.base_hidden_size for s, _, curve in curves):
         commands.append(
             f"megatron-patch transfer --sweep {shlex.quote(output)} --target TARGET.yaml --output tuned.yaml"
-            "   # TARGET.yaml: the wide model"
+            "   # TARGET.yaml: the wide one"
         )
     commands.append(f"megatron-patch report {shlex.quote(output)} --output {_in(output, 'report.html')}")
     return [*lines, *_next(commands)]

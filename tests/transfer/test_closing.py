@@ -23,7 +23,7 @@ def test_every_curve_has_its_optimum_or_what_is_wrong_with_it() -> None:
     assert [line.strip() for line in lines[2:]] == [
         "next:",
         "megatron-patch sweep s.yaml --resume   # with what the lines above miss added to s.yaml",
-        "megatron-patch transfer --sweep runs/s --target TARGET.yaml --output tuned.yaml   # TARGET.yaml: the wide model",
+        "megatron-patch transfer --sweep runs/s --target TARGET.yaml --output tuned.yaml   # TARGET.yaml: the wide one",
         "megatron-patch report runs/s --output runs/s/report.html",
     ]
 
