@@ -159,6 +159,7 @@ class Attempt:
         self.started = time.monotonic()
         self._claim = claim
         self._process: subprocess.Popen[bytes] | None = None
+        self._port: socket.socket | None = None
         self._alive_at = time.time()
         """Last sign of life of a submitted trial, in seconds of the epoch."""
 
@@ -168,7 +169,9 @@ class Attempt:
             shutil.rmtree(self.folder)
         os.makedirs(self.folder)
         write_text(os.path.join(self.folder, "config.yaml"), self.file.config_text(self.trial))
-        values = {"python": sys.executable, "worker": str(self.worker), "port": str(_free_port())}
+        self._port = _reserve_port()
+        port: int = self._port.getsockname()[1]
+        values = {"python": sys.executable, "worker": str(self.worker), "port": str(port)}
         words = self.file.words(self.trial, values)
         variables = self.file.variables(self.trial, values)
         if self.file.wait == RUN_JSON:
@@ -271,15 +274,23 @@ class Attempt:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Give the claim back."""
+        """Give claim and port back."""
         self._claim.release()
+        if self._port is not None:
+            self._port.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port: int = free.getsockname()[1]
-        return port
+def _reserve_port() -> socket.socket:
+    """Return a socket that keeps a free port for one trial, until it is closed.
+
+    A port that is only looked for and let go may be given to another process before the trial's launcher binds it.
+    Bound with SO_REUSEADDR and never listening, the socket keeps the system from giving the port to anybody who asks
+    for any, and lets those listen there who name it with SO_REUSEADDR, as torch's store does.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("", 0))
+    return reserved
 
 
 def shown_command(file: SweepFile, trial: PlannedTrial) -> str:

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -132,6 +133,22 @@ def test_workers_have_numbers_and_trials_ports(sweep: Folder) -> None:
     slots = [file.read_text().split()[1] for file in sweep.out.glob("trials/*/transfer/starts")]
     assert set(slots) == {"0", "1", "2"}
     assert len({file.read_text() for file in sweep.out.glob("trials/*/port")}) == 6
+
+
+def test_a_trial_keeps_its_port(tmp_path: Path) -> None:
+    """Until it ends nobody who asks for any port is given it, and torch's store may listen there."""
+    import torch.distributed
+
+    from megatron_patch.sweep.attempt import _reserve_port
+
+    with _reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = torch.distributed.TCPStore("127.0.0.1", port, 1, True)
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+        del store
 
 
 def test_dry_run_writes_nothing(sweep: Folder) -> None:
