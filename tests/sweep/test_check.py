@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_patch.files.yaml_flags import load_yaml
 from tests.support.sweeps import FAKE, HANGS, TOOL
+
+ROOT = Path(__file__).parents[2]
 
 BASE: dict[str, Any] = {
     "cpu": True,
@@ -93,6 +96,34 @@ def test_a_search_and_the_number_of_ranks_are_checked(tmp_path: Path) -> None:
     code, out, err = run(tmp_path, "--dry-run", command=[*launcher, "--config", "{config}"], **content)
     assert code == 0, err
     assert f"cost: about {7 * flops(32, 96, 40):.3g} FLOPs" in out
+
+
+def test_a_script_of_ones_own_may_know_more_flags(tmp_path: Path) -> None:
+    """What Megatron knows is checked all the same."""
+    (tmp_path / "my.py").write_text("raise SystemExit(7)\n")
+    command = ["{python}", "-m", "megatron_patch", "run", "--config", "{config}", str(tmp_path / "my.py")]
+    content = {"set": {"enable-something": True}, "command": command}
+    code, out, err = run(tmp_path, "--dry-run", grid={"lr": [0.1, 0.2]}, **content)
+    assert code == 0, err
+    assert "note: no FLOPs are counted for a script of your own" in out
+    code, _, err = run(tmp_path, "--dry-run", grid={"num-attention-heads": [1, 5]}, **content)
+    assert code == 2
+    assert "1 of 2 trials would be refused: trial num-attention-heads=5: Megatron" in err
+
+
+def test_configs_for_gpus_are_checked_without_one(tmp_path: Path) -> None:
+    """A model of 70 billion parameters: 6 FLOPs for each and a token, and some for attention."""
+    config = ROOT / "configs" / "target_70b_h100_fp8.yaml"
+    command = ["sbatch", "launch/slurm.sbatch", "--config", "{config}"]
+    flags = {"data-path": "/data/x", "tokenizer-model": "/data/t.model"}
+    content = {"config": str(config), "wait": "run.json", "set": flags, "command": command}
+    code, out, err = run(tmp_path, "--dry-run", grid={"lr": [0.001]}, **content)
+    assert code == 0, err
+    assert "note: the tokenizer cannot be read here" in out
+    counted = float(out.partition("cost: ")[2].partition(" FLOPs")[0])
+    values = load_yaml(str(config))
+    tokens = values["train-iters"] * values["global-batch-size"] * values["seq-length"]
+    assert 0.9 < counted / (6 * 70e9 * tokens) < 1.2
 
 
 def test_what_is_not_checked_is_told(tmp_path: Path) -> None:
