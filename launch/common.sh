@@ -18,6 +18,42 @@ check_start() { # CONFIG
     command -v deepspeed > /dev/null || die "deepspeed is not on PATH: activate the environment it is installed in"
 }
 
+# A hostfile that cannot exist, for one machine: without --hostfile DeepSpeed reads /job/hostfile, which cluster operators
+# write on every node, and would start the hosts in it over ssh.
+# shellcheck disable=SC2034  # pretrain.sh has it
+no_hostfile=/dev/null/no-hostfile
+
+# Refuse a line in which something is that cannot be seen, as Windows editors leave it behind.
+check_visible() { # WHERE LINE
+    local LC_ALL=C
+    [[ "$2" != *$'\r'* ]] || die "$1: it has an invisible carriage return at its end, as Windows editors write it;" \
+        "remove them: sed -i 's/\\r\$//' ${1% line *}"
+    [[ "$2" != *[^[:print:][:space:]]* ]] || die "$1: $(printf %q "$2"): expected plain ASCII; type the line anew"
+}
+
+# DeepSpeed ends in a traceback, exit code 1, at what is refused here; `slots=8x` it would take for 8.
+check_hostfile() { # FILE [NODE_RANK]
+    local file="$1" rank="${2:-}" line where host number=0 nodes=0
+    local -A seen=()
+    [[ -f "$file" ]] || die "--hostfile $file: no such file"
+    while IFS= read -r line || [[ -n "$line" ]]; do
+        number=$((number + 1))
+        where="$file line $number"
+        [[ "$line" =~ ^[[:space:]]*(#.*)?$ ]] && continue
+        check_visible "$where" "$line"
+        [[ "$line" =~ ^[[:space:]]*([^[:space:]#]+)[[:space:]]+slots=[1-9][0-9]*([[:space:]].*)?$ ]] \
+            || die "--hostfile $where: '$line': expected \"HOST slots=GPUS\", e.g. \"node1 slots=8\"; correct the line"
+        host="${BASH_REMATCH[1]}"
+        [[ -z "${seen[$host]:-}" ]] \
+            || die "--hostfile $where: $host is in line ${seen[$host]} too: expected each host once; delete one of the lines"
+        seen[$host]="$number"
+        nodes=$((nodes + 1))
+    done < "$file"
+    ((nodes > 0)) || die "--hostfile $file: no line \"HOST slots=GPUS\": expected one per machine; write them"
+    [[ -z "$rank" ]] || ((10#$rank < nodes)) \
+        || die "--node-rank $rank: expected 0 to $((nodes - 1)), since $file has $nodes hosts; count its lines from 0"
+}
+
 # Whether a process of this group is alive; a zombie is not.
 group_alive() { # PGID
     ps -A -o pgid=,stat= 2> /dev/null | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { found = 1 } END { exit !found }'

@@ -71,4 +71,5 @@ fi
 
 # Tensor and context parallelism need it on GPUs before Blackwell; Megatron stops without it.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-run_watched deepspeed "${launcher[@]}" --no_local_rank --module megatron_patch run --config "$config" "${flags[@]}"
+run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
+run_watched deepspeed --hostfile "$no_hostfile" "${launcher[@]}" "${run[@]}"

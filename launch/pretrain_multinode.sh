@@ -15,6 +15,7 @@ usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option .
   --hostfile FILE     one line "HOST slots=GPUS" per machine (required); the first one holds rank 0
   --master-addr A     address of the first machine that the others reach; default: first word of `ssh HOST hostname -I`
   --master-port P     default 29500
+  --ssh-port P        port of sshd on every machine, where it is not 22 and ~/.ssh/config does not say so
   --env NAME[=VALUE]  forward this variable to every machine as well; may be repeated
   --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
   --node-rank K       line number in the hostfile, from 0
@@ -36,6 +37,7 @@ EOF
 config=""
 hostfile=""
 master_addr=""
+ssh_port=""
 node_rank=""
 ssh=true
 environment=()
@@ -43,7 +45,8 @@ launcher=()
 flags=()
 while (($#)); do
     case "$1" in
-        --config=* | --hostfile=* | --master-addr=* | --master-port=* | --env=* | --node-rank=* | --log-dir=*)
+        --config=* | --hostfile=* | --master-addr=* | --master-port=* | --ssh-port=* | --env=* | \
+            --node-rank=* | --log-dir=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -51,6 +54,7 @@ while (($#)); do
         --hostfile) need "$@" && hostfile="$2" ;;
         --master-addr) need "$@" && master_addr="$2" ;;
         --master-port) need "$@" && launcher+=(--master_port "$2") ;;
+        --ssh-port) need "$@" && ssh_port="$2" ;;
         --env) need "$@" && environment+=("$2") ;;
         --node-rank) need "$@" && node_rank="$2" ;;
         --log-dir) need "$@" && launcher+=(--enable_each_rank_log "$2") ;;
@@ -74,8 +78,8 @@ done
 
 check_start "$config"
 [[ -n "$hostfile" ]] || die "--hostfile is missing: give a file with one line \"HOST slots=GPUS\" per machine"
-[[ -f "$hostfile" ]] || die "--hostfile $hostfile: no such file"
-grep -qE '^[^#[:space:]]+[[:space:]]+slots=[1-9]' "$hostfile" || die "--hostfile $hostfile: no line \"HOST slots=GPUS\""
+[[ -z "$node_rank" || "$node_rank" =~ ^[0-9]+$ ]] || die "--node-rank $node_rank: expected an integer from 0"
+check_hostfile "$hostfile" "$node_rank"
 
 # Tensor and context parallelism need it on GPUs before Blackwell; Megatron stops without it.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
@@ -92,7 +96,8 @@ done
 run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
 
 if [[ "$ssh" == false ]]; then
-    [[ "$node_rank" =~ ^[0-9]+$ ]] || die "--no-ssh needs --node-rank K, this machine's line in $hostfile from 0"
+    [[ -n "$node_rank" ]] || die "--no-ssh needs --node-rank K, this machine's line in $hostfile from 0"
+    [[ -z "$ssh_port" ]] || die "--ssh-port $ssh_port: nothing goes over ssh with --no-ssh; drop one of them"
     # Without it DeepSpeed asks the first host over ssh, --no_ssh or not.
     [[ -n "$master_addr" ]] || die "--no-ssh needs --master-addr, the address of the first machine"
     run_watched deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
@@ -100,6 +105,13 @@ fi
 
 [[ -z "$node_rank" ]] || die "--node-rank $node_rank: only together with --no-ssh"
 command -v pdsh > /dev/null || die "pdsh is not on PATH: install it, or start every machine with --no-ssh"
+
+if [[ -n "$ssh_port" ]]; then
+    if [[ ! "$ssh_port" =~ ^[1-9][0-9]{0,4}$ ]] || ((ssh_port > 65535)); then
+        die "--ssh-port $ssh_port: expected 1 to 65535"
+    fi
+    launcher=(--ssh_port "$ssh_port" "${launcher[@]}")
+fi
 
 # pdsh hands the command to a shell on every machine, DeepSpeed quotes nothing but spaces, and pdsh expands %.
 harmless='^[A-Za-z0-9 _@+=:,./^-]*$'
@@ -129,8 +141,13 @@ done < <(compgen -e)
 for file in ~/.deepspeed_env .deepspeed_env; do
     [[ -f "$file" ]] || continue
     mapfile -t lines < "$file"
-    for line in "${lines[@]}"; do
-        [[ "$line" =~ ^[[:space:]]*(#.*)?$ ]] || forward "${line%%=*}" "${line#*=}" "$file"
+    for number in "${!lines[@]}"; do
+        line="${lines[number]}"
+        where="$file line $((number + 1))"
+        [[ "$line" =~ ^[[:space:]]*(#.*)?$ ]] && continue
+        check_visible "$where" "$line"
+        [[ "$line" == *=* ]] || die "$where: '$line': expected NAME=VALUE; add the value, or delete the line"
+        forward "${line%%=*}" "${line#*=}" "$where"
     done
 done
 for setting in "${environment[@]}"; do

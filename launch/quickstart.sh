@@ -2,6 +2,22 @@
 # The main job from nothing, on CPU: tokenizer -> dataset -> pretraining on two ranks -> report. `make quickstart`.
 # The text is the Python standard library's own source, which is on every machine; nothing is downloaded.
 set -euo pipefail
+
+for word in "$@"; do
+    if [[ "$word" == --help || "$word" == -h ]]; then
+        cat << 'EOF'
+The main job from nothing, on CPU, in minutes: tokenizer -> dataset -> pretraining on two ranks -> report.
+
+usage: launch/quickstart.sh [flag ...]
+
+Flags of Megatron and of megatron_patch go to the run and win over configs/quickstart_proxy.yaml.
+Everything is written to runs/quickstart; what is there from an earlier time is kept under another name.
+
+example: launch/quickstart.sh --train-iters 50
+EOF
+        exit 0
+    fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export CUDA_VISIBLE_DEVICES= # on CPU also where there are GPUs

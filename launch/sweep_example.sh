@@ -1,9 +1,22 @@
 #!/usr/bin/env bash
 # The worked example from nothing, on CPU: data -> sweep of proxy and target -> tuned target config -> report.
-#   launch/sweep_example.sh           hours; docs/transfer-example.md has what came out
-#   launch/sweep_example.sh --quick   two minutes: the same machinery, too short to say anything about learning rates
-# Started again, it goes on where it was.
 set -euo pipefail
+
+usage() {
+    cat << 'EOF'
+The worked example from nothing, on CPU: data -> sweep of proxy and target -> tuned target config -> report.
+
+usage: launch/sweep_example.sh [--quick]
+
+  --quick   two minutes: the same machinery, too short to say anything about learning rates; without it, hours
+            (docs/transfer-example.md has what came out)
+  --help
+
+Everything is written to runs/sweep-example or runs/sweep-example-quick. Started again, it goes on where it was.
+EOF
+}
+
+(($# < 2)) || { echo "error: $*: expected nothing or --quick; see --help" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export CUDA_VISIBLE_DEVICES= # on CPU also where there are GPUs
@@ -12,7 +25,8 @@ case "${1:-}" in
     "") name=sweep-example sweep=configs/sweep_example.yaml force=() ;;
     # its six short trainings do not place an optimum, which transfer_config.py says and would stop at
     --quick) name=sweep-example-quick sweep=configs/sweep_example_quick.yaml force=(--force) ;;
-    *) echo "error: $1: expected nothing or --quick" >&2; exit 2 ;;
+    --help | -h) usage; exit 0 ;;
+    *) echo "error: $1: expected nothing or --quick; see --help" >&2; exit 2 ;;
 esac
 out=runs/$name
 data=runs/sweep-example/data

@@ -75,18 +75,25 @@ def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def plain_errors(parser: argparse.ArgumentParser) -> None:
-    """Make `parser` raise a ConfigError of one line where it would print its usage, which for Megatron is 900 lines."""
+def plain_errors(parser: argparse.ArgumentParser, leave_out: str | None = None) -> None:
+    """Make `parser` raise a ConfigError of one line where it would print its usage, which for Megatron is 900 lines.
+
+    Args:
+        parser: changed.
+        leave_out: what leaves out a flag that only the script knows, in words.
+    """
 
     def error(message: str) -> None:
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)[\s=]?(.*)", message):
             if not unknown[1].startswith("-"):
                 raise ConfigError(unknown[1], "given", "a flag", "put the script first and a value behind its flag")
             value = unknown[2].partition(" --")[0] or "given"
-            expected = "a flag of Megatron or of megatron_patch: explain never runs SCRIPT.py, which may have its own"
-            near = did_you_mean(unknown[1], parser._option_string_actions)
-            leave_out = "--ignore-unknown leaves it out"
-            raise ConfigError(unknown[1], value, expected, f"{near} {leave_out}" if near else leave_out)
+            expected = "a flag of Megatron or of megatron_patch"
+            if leave_out:
+                expected += ": explain never runs SCRIPT.py, which may have its own"
+            fixes = [did_you_mean(unknown[1], parser._option_string_actions), leave_out]
+            fix = " ".join(fix for fix in fixes if fix) or "correct it, or drop it"
+            raise ConfigError(unknown[1], value, expected, fix)
         flag, _, problem = message.removeprefix("argument ").partition(": ")
         got = re.search(r"(invalid (\w+) value|invalid choice): '([^']*)'(?: \(choose from (.*)\))?", problem)
         if got and got[4]:
@@ -111,6 +118,9 @@ def _explain(argv: Sequence[str]) -> None:
     from megatron_patch.upstream.dry.run import dry_run
     from megatron_patch.upstream.dry.schedule import schedule
 
+    def parser_of_explain(parser: argparse.ArgumentParser) -> None:
+        plain_errors(parser, "--ignore-unknown leaves it out")
+
     def progress(done: int, total: int) -> None:
         if total > 1 and sys.stderr.isatty():
             print(f"\rrank {done + 1} of {total} ", end="\n" if done + 1 == total else "", file=sys.stderr, flush=True)
@@ -122,7 +132,7 @@ def _explain(argv: Sequence[str]) -> None:
         session = Session()
         try:
             dry = dry_run(
-                megatron_arguments(path, flags, command_line, session, plain_errors),
+                megatron_arguments(path, flags, command_line, session, parser_of_explain),
                 gpu=gpu,
                 world_size=options.world_size,
                 rank=options.rank,

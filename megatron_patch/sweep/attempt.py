@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -130,6 +131,16 @@ def last_lines(folder: str, count: int = LOG_LINES) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
 
 
+def failure_kind(folder: str, outcome: Outcome) -> str:
+    """Return what a failure has in common with others of its kind: its reason and its last line, without numbers.
+
+    >>> failure_kind("nowhere", Outcome(FAILED, reason="exit code 2, no run.json"))
+    'exit code #, no run.json: '
+    """
+    last = "".join(last_lines(folder, 1)).replace(os.path.basename(folder), "TRIAL")
+    return re.sub(r"[-+]?\b\d[\d.]*(e[-+]?\d+)?\b", "#", f"{outcome.reason}: {last}")
+
+
 class Attempt:
     """One attempt at a trial, from its claim to its outcome.
 
@@ -148,6 +159,7 @@ class Attempt:
         self.started = time.monotonic()
         self._claim = claim
         self._process: subprocess.Popen[bytes] | None = None
+        self._port: socket.socket | None = None
         self._alive_at = time.time()
         """Last sign of life of a submitted trial, in seconds of the epoch."""
 
@@ -157,7 +169,9 @@ class Attempt:
             shutil.rmtree(self.folder)
         os.makedirs(self.folder)
         write_text(os.path.join(self.folder, "config.yaml"), self.file.config_text(self.trial))
-        values = {"python": sys.executable, "worker": str(self.worker), "port": str(_free_port())}
+        self._port = _reserve_port()
+        port: int = self._port.getsockname()[1]
+        values = {"python": sys.executable, "worker": str(self.worker), "port": str(port)}
         words = self.file.words(self.trial, values)
         variables = self.file.variables(self.trial, values)
         if self.file.wait == RUN_JSON:
@@ -260,15 +274,23 @@ class Attempt:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Give the claim back."""
+        """Give claim and port back."""
         self._claim.release()
+        if self._port is not None:
+            self._port.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port: int = free.getsockname()[1]
-        return port
+def _reserve_port() -> socket.socket:
+    """Return a socket that keeps a free port for one trial, until it is closed.
+
+    A port that is only looked for and let go may be given to another process before the trial's launcher binds it.
+    Bound with SO_REUSEADDR and never listening, the socket keeps the system from giving the port to anybody who asks
+    for any, and lets those listen there who name it with SO_REUSEADDR, as torch's store does.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("", 0))
+    return reserved
 
 
 def shown_command(file: SweepFile, trial: PlannedTrial) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import FLAG_NAME, flag_name, is_flag_value
+from megatron_patch.sweep.placeholders import check_placeholders
 
-FOLDER = "{folder}"
-"""In the value of a flag: the trial's folder."""
+OWN_PLACES = ("{folder}", "{name}", "{config}")
+"""In the value of a flag: what no other trial has."""
 OWN_FLAGS = ("metrics-dir", "tensorboard-dir")
 """The sweep gives each trial its own."""
 
@@ -73,9 +74,10 @@ def check_value(where: str, flag: str, value: object) -> None:
     """Raise ConfigError if a flag cannot have this value, or would make trials write over each other."""
     if not is_flag_value(value):
         raise ConfigError(f"{where}.{flag}", value, "a value or a list of values", "write flags flat")
-    if flag == "save" and value is not None and FOLDER not in str(value):
+    check_placeholders(f"{where}.{flag}", value)
+    if flag == "save" and value is not None and not any(own in str(value) for own in OWN_PLACES):
         raise ConfigError(
-            f"{where}.save", value, "a folder of each trial's own", f'write "{FOLDER}/checkpoints", or null for none'
+            f"{where}.save", value, "a folder of each trial's own", 'write "{folder}/checkpoints", or null for none'
         )
 
 

@@ -8,14 +8,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from megatron_patch.errors import ConfigError, ExitCode
 from megatron_patch.files.run_json import RUN_JSON
 from megatron_patch.files.whole import write_text
-from megatron_patch.runs.trial import to_csv
+from megatron_patch.runs.trial import Trial, to_csv
 from megatron_patch.sweep.attempt import (
     DIVERGED,
     FAILED,
@@ -26,6 +26,7 @@ from megatron_patch.sweep.attempt import (
     Claim,
     Outcome,
     failure,
+    failure_kind,
     last_lines,
     settled,
     submitted,
@@ -42,8 +43,16 @@ PRUNE_SECONDS = 2.0
 """Between two looks at the evaluations of a running trial."""
 
 
+SAME_FAILURES = 3
+"""So many first trials that fail in one way are a mistake that the others would repeat."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM came."""
+
+
+class Hopeless(Exception):
+    """The first trials all failed in one and the same way."""
 
 
 def make_source(file: SweepFile) -> Source:
@@ -59,16 +68,28 @@ def make_source(file: SweepFile) -> Source:
     return Phases(file.plan) if isinstance(file.plan, TwoPhase) else Grid(file.plan)
 
 
-def run_sweep(file: SweepFile, workers: int = 1, resume: bool = False) -> int:
+def run_sweep(
+    file: SweepFile,
+    workers: int = 1,
+    resume: bool = False,
+    *,
+    keep_going: bool = False,
+    before: Callable[[], None] = lambda: None,
+    ending: Callable[[Sequence[Trial]], Sequence[str]] = lambda trials: (),
+) -> int:
     """Run the trials of a sweep that are not done yet, and write ``trials.csv`` in its folder.
 
     Args:
         file: the sweep.
         workers: number of trials to run at a time in this process.
         resume: go on with a sweep that has trials, or help another process with it.
+        keep_going: do not stop where the first trials all fail in one and the same way.
+        before: called when the sweep could start, before anything is written; what it raises is passed on.
+        ending: what to say at the end of the trials that have a loss or diverged.
 
     Returns:
-        The exit code: 0 if every trial finished, diverged or was pruned; 1 if some failed; 130 if interrupted.
+        The exit code: 0 if every trial finished, diverged or was pruned; 1 if some failed, or the first ones all did;
+        130 if interrupted.
 
     Raises:
         ConfigError: the output has trials and `resume` is off, a trial that is done has other flags than it would get
@@ -80,9 +101,10 @@ def run_sweep(file: SweepFile, workers: int = 1, resume: bool = False) -> int:
     if not resume and os.path.isdir(trials) and os.listdir(trials):
         fix = "add --resume to go on with them, or choose another output"
         raise ConfigError("output", file.output, "a folder without trials", fix)
+    before()
     try:
         os.makedirs(trials, exist_ok=True)
-        return _Engine(file, make_source(file), workers).run()
+        return _Engine(file, make_source(file), workers, keep_going, ending).run()
     except OSError as error:
         where = error.filename or file.output
         raise ConfigError("output", where, "a folder that can be written to", str(error.strerror or error)) from None
@@ -91,16 +113,27 @@ def run_sweep(file: SweepFile, workers: int = 1, resume: bool = False) -> int:
 class _Engine:
     """Runs one sweep in this process."""
 
-    def __init__(self, file: SweepFile, source: Source, workers: int) -> None:
+    def __init__(
+        self,
+        file: SweepFile,
+        source: Source,
+        workers: int,
+        keep_going: bool,
+        ending: Callable[[Sequence[Trial]], Sequence[str]],
+    ) -> None:
         self.file = file
         self.source = source
         self.workers = workers
+        self.keep_going = keep_going
+        self.ending = ending
         self.started = time.time()
         self.progress = SweepProgress(source.total, workers)
         self.running: dict[str, Attempt] = {}
         self.outcomes: dict[str, Outcome] = {}
         self._elsewhere: dict[str, float] = {}
         """Trials that other processes run, with the time to look again."""
+        self._failures: list[str] = []
+        """How the trials failed that were trained here."""
         self._next_prune = 0.0
         self._stop = False
 
@@ -111,7 +144,10 @@ class _Engine:
                 self._recount()
                 try:
                     while not self.source.complete():
-                        self._fill()
+                        if not self._alike():
+                            self._fill()
+                        elif not self.running:
+                            raise Hopeless
                         self._collect()
                         self._prune()
                         self.progress.update(len(self.running) + len(self._elsewhere))
@@ -123,6 +159,8 @@ class _Engine:
                     self._write_table()
         except Interrupted:
             return self._say_interrupted(interrupted)
+        except Hopeless:
+            return self._say_hopeless()
         finally:
             restore()
         return self._summary()
@@ -255,6 +293,7 @@ class _Engine:
         if outcome.kind == FAILED and seconds is not None:
             folder = self.file.folder(trial)
             details = {f"the end of {os.path.join(folder, 'log.txt')}:": last_lines(folder)}
+            self._failures.append(failure_kind(folder, outcome))
         self.progress.ended(trial.name, outcome, seconds, details)
 
     def _write_table(self) -> None:
@@ -274,28 +313,60 @@ class _Engine:
         self.running.clear()
         return len(attempts)
 
+    def _alike(self) -> bool:
+        """Return whether the first trials all failed in one way, so that no more are started.
+
+        Those that run at that time decide: if one of them ends in another way, the sweep goes on.
+        """
+        if self.keep_going or any(outcome.kind != FAILED for outcome in self.outcomes.values()):
+            return False
+        return len(self._failures) >= SAME_FAILURES and len(set(self._failures)) == 1
+
+    def _counted(self) -> str:
+        """Return ``"2 finished, 1 failed"``."""
+        counts = self.progress.counts
+        kinds = [f"{counts[kind]} {kind}" for kind in (FINISHED, DIVERGED, PRUNED, FAILED) if counts[kind]]
+        return ", ".join(kinds) or "none ended"
+
     def _say_interrupted(self, ended: int) -> int:
         if self.file.wait == "command":
-            what = f"{ended} running were ended and removed, to be trained from the start"
+            what = f"{ended} running ended and removed, to be trained from the start"
         else:
-            what = f"{ended} submitted ones go on"
-        print(f"interrupted: {self.progress.done} of {self.source.total} trials are done; {what}", file=sys.stderr)
-        print(f"go on with: megatron-patch sweep {self.file.path} --resume", file=sys.stderr)
+            what = f"{ended} submitted {'goes' if ended == 1 else 'go'} on"
+        print(f"interrupted: of {self.source.total} trials {self._counted()}; {what}", file=sys.stderr)
+        again = " (it trains failed ones again)" if self.progress.counts[FAILED] else ""
+        print(f"go on with: megatron-patch sweep {self.file.path} --resume{again}", file=sys.stderr)
         return ExitCode.INTERRUPTED
 
+    def _say_hopeless(self) -> int:
+        reason = next(outcome.reason for outcome in self.outcomes.values() if outcome.kind == FAILED)
+        print(
+            f"stopped: the first {len(self._failures)} trials all failed in the same way ({reason}), and the others "
+            f"would too; {self.source.total - self.progress.done} were not started",
+            file=sys.stderr,
+        )
+        print(
+            f"when it is mended, go on with: megatron-patch sweep {self.file.path} --resume; "
+            "--keep-going trains the others all the same",
+            file=sys.stderr,
+        )
+        return ExitCode.FAILED
+
     def _summary(self) -> int:
-        counts = self.progress.counts
         for note in self.source.notes():
             print(note)
-        kinds = [f"{counts[kind]} {kind}" for kind in (FINISHED, DIVERGED, PRUNED, FAILED) if counts[kind]]
-        print(f"{self.progress.done} trials: {', '.join(kinds)}; table: {os.path.join(self.file.output, 'trials.csv')}")
-        finished = {name: outcome for name, outcome in self.outcomes.items() if outcome.kind == FINISHED}
-        if finished:
-            best = min(finished, key=lambda name: finished[name].loss)
-            print(f"lowest loss: {finished[best].loss:.4f}, {best}")
+        print(f"{self.progress.done} trials: {self._counted()}; table: {os.path.join(self.file.output, 'trials.csv')}")
         failed = sorted(name for name, outcome in self.outcomes.items() if outcome.kind == FAILED)
         for name in failed:
             print(f"failed: {name} ({self.outcomes[name].reason}); see {self.file.output}/trials/{name}/log.txt")
         if failed:
-            print(f"{len(failed)} failed; --resume trains them again", file=sys.stderr)
+            print(
+                f"{len(failed)} failed; --resume trains {'it' if len(failed) == 1 else 'them'} again", file=sys.stderr
+            )
+        for line in self.ending([o.trial for o in self.outcomes.values() if o.trial is not None]):
+            print(line)
         return ExitCode.FAILED if failed or self.progress.done < self.source.total else ExitCode.DONE
+
+
+def _them(number: int) -> str:
+    return "it" if number == 1 else "them"

@@ -13,7 +13,6 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import METRICS_FOLDER, RUN_JSON
 from megatron_patch.files.yaml_flags import load_yaml, read_mapping
 from megatron_patch.sweep.axes import (
-    FOLDER,
     OWN_FLAGS,
     Axis,
     PlannedTrial,
@@ -25,12 +24,12 @@ from megatron_patch.sweep.axes import (
     read_axis,
     read_number,
 )
+from megatron_patch.sweep.placeholders import PLACEHOLDER, PLACEHOLDERS, check_placeholders, filled
 
 KINDS = ("grid", "two-phase", "optuna")
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 PRUNERS = ("median", "successive-halving", "hyperband")
 DEFAULT_COMMAND = ("{python}", "-m", "megatron_patch", "run", "--config", "{config}")
-PLACEHOLDERS = ("config", "folder", "name", "sweep", "python", "worker", "port")
 WAITS = ("command", RUN_JSON)
 DAY_SECONDS = 86400.0
 
@@ -92,9 +91,10 @@ class SweepFile:
         return os.path.join(self.output, "trials", trial.name)
 
     def trial_flags(self, trial: PlannedTrial, folder: str) -> dict[str, Any]:
-        """Return all flags of a trial that lies in `folder`."""
+        """Return all flags of a trial that lies in `folder`, placeholders filled in."""
+        known = self._values(trial, {}, folder)
         flags = {name: value for name, value in {**self.flags, **trial.changes}.items() if value is not None}
-        flags = {name: _in_folder(value, folder) for name, value in flags.items()}
+        flags = {name: filled(value, known) for name, value in flags.items()}
         return flags | {"metrics-dir": f"{folder}/{METRICS_FOLDER}", "tensorboard-dir": f"{folder}/tensorboard"}
 
     def config_text(self, trial: PlannedTrial) -> str:
@@ -105,21 +105,21 @@ class SweepFile:
 
     def words(self, trial: PlannedTrial, values: Mapping[str, str]) -> list[str]:
         """Return the command line of a trial; `values` fills python, worker and port."""
-        return [_fill(word, self._values(trial, values)) for word in self.command]
+        return [filled(word, self._values(trial, values)) for word in self.command]
 
     def variables(self, trial: PlannedTrial, values: Mapping[str, str]) -> dict[str, str]:
         """Return the environment variables of a trial."""
-        return {name: _fill(value, self._values(trial, values)) for name, value in self.environment.items()}
+        return {name: filled(value, self._values(trial, values)) for name, value in self.environment.items()}
 
-    def _values(self, trial: PlannedTrial, values: Mapping[str, str]) -> dict[str, str]:
-        folder = self.folder(trial)
+    def _values(self, trial: PlannedTrial, values: Mapping[str, str], folder: str | None = None) -> dict[str, str]:
+        folder = folder or self.folder(trial)
         known = {"folder": folder, "config": os.path.join(folder, "config.yaml"), "name": trial.name}
         return {**known, "sweep": self.name, **values}
 
     def difference(self, trial: PlannedTrial) -> tuple[str, Any, Any] | None:
         """Compare a trial's config.yaml with what would be written now.
 
-        What names the trial's own folder does not count, so that a sweep can be moved.
+        Values with a placeholder do not count, so that a sweep can be moved and renamed.
 
         Returns:
             The first flag that differs with its old and its new value; None if there is none.
@@ -130,24 +130,11 @@ class SweepFile:
         folder = self.folder(trial)
         new = yaml.safe_load(self.config_text(trial)) or {}
         old = load_yaml(os.path.join(folder, "config.yaml"), "config.yaml")
-        placed = {name for name, value in {**self.flags, **trial.changes}.items() if FOLDER in str(value)}
+        placed = {name for name, value in {**self.flags, **trial.changes}.items() if PLACEHOLDER.search(str(value))}
         for name in [*new, *old]:
             if name not in placed and name not in OWN_FLAGS and new.get(name) != old.get(name):
                 return name, old.get(name), new.get(name)
         return None
-
-
-def _in_folder(value: Any, folder: str) -> Any:
-    if isinstance(value, list):
-        return [_in_folder(entry, folder) for entry in value]
-    return value.replace(FOLDER, folder) if isinstance(value, str) else value
-
-
-_PLACEHOLDER = re.compile(r"(?<!\$)\{([a-z]+)\}")  # a shell's ${variable} is none
-
-
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
 
 
 class _Mapping:
@@ -224,6 +211,8 @@ def read_sweep(path: str) -> SweepFile:
 def _base_flags(top: _Mapping) -> dict[str, Any]:
     config = os.path.join(os.path.dirname(top.where), top.text("config"))
     flags = load_yaml(config, top.place("config"))
+    for name, value in flags.items():
+        check_placeholders(f"{config}: {name}", value)
     extra = top.content.get("set") or {}
     where = top.place("set")
     if not isinstance(extra, dict):
@@ -243,19 +232,10 @@ def _command(top: _Mapping) -> tuple[str, ...]:
     if not isinstance(words, list) or not words or any(isinstance(word, (list, dict, type(None))) for word in words):
         raise ConfigError(place, words, "a list of words", 'write for example [srun, python, ..., "{config}"]')
     command = tuple(str(word) for word in words)
-    _check_placeholders(place, command)
+    check_placeholders(place, command, PLACEHOLDERS)
     if not any("{config}" in word or "{folder}" in word for word in command):
         raise ConfigError(place, words, "a word with {config}", "tell the command which trial to train")
     return command
-
-
-def _check_placeholders(place: str, words: Sequence[str]) -> None:
-    for word in words:
-        for name in _PLACEHOLDER.findall(word):
-            if name not in PLACEHOLDERS:
-                near = difflib.get_close_matches(name, PLACEHOLDERS, n=1, cutoff=0.0)[0]
-                known = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
-                raise ConfigError(place, f"{{{name}}}", f"one of {known}", f"did you mean {{{near}}}?")
 
 
 def _environment(top: _Mapping) -> dict[str, str]:
@@ -269,7 +249,7 @@ def _environment(top: _Mapping) -> dict[str, str]:
         if isinstance(value, (list, dict, bool, type(None))):
             raise ConfigError(f"{place}.{name}", value, "a text or a number", "quote it")
     environment = {name: str(value) for name, value in content.items()}
-    _check_placeholders(place, tuple(environment.values()))
+    check_placeholders(place, tuple(environment.values()), PLACEHOLDERS)
     return environment
 
 

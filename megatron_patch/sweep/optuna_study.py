@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import math
 import os
+import sqlite3
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from megatron_patch.sweep.file import Range, Search, SweepFile
 STUDY = "sweep"
 READ_SECONDS = 1.0
 """Between two looks at what other processes did."""
+WAIT_SECONDS = 60.0
+"""For another process's write."""
 _NEEDS = {"cmaes": "cmaes", "qmc": "scipy", "gp": "scipy"}
 _PRUNERS: dict[str, type[optuna.pruners.BasePruner]] = {
     "median": optuna.pruners.MedianPruner,
@@ -56,10 +59,10 @@ class OptunaStudy:
         os.makedirs(os.path.dirname(self._lock), exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         database = os.path.abspath(os.path.join(file.output, "study.db"))
-        with self._exclusively():
+        with self._exclusively(), _intact(database, os.path.join(file.output, "trials")):
             # Workers wait for each other's writes instead of failing at once.
             self._storage = optuna.storages.RDBStorage(
-                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
+                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": WAIT_SECONDS}}
             )
             self._study = optuna.create_study(
                 storage=self._storage,
@@ -67,6 +70,7 @@ class OptunaStudy:
                 load_if_exists=True,
                 pruner=_PRUNERS[search.pruner]() if search.pruner else optuna.pruners.NopPruner(),
             )
+            self._study.get_trials(deepcopy=False)
             space = {key: optuna.distributions.distribution_to_json(d) for key, d in self._distributions.items()}
             earlier = self._study.user_attrs.get("space")
             if earlier is None:
@@ -180,6 +184,35 @@ class OptunaStudy:
 
     def notes(self) -> list[str]:
         return []
+
+
+@contextlib.contextmanager
+def _intact(database: str, trials: str) -> Iterator[None]:
+    """Turn what is wrong with the study's file into one line: all of it is read while the block opens the study.
+
+    Raises:
+        ConfigError: it cannot be read, is damaged, or is empty although there are trials.
+    """
+
+    def damaged(why: object) -> ConfigError:
+        said = " ".join(str(why).partition("[SQL")[0].split())
+        fix = "restore it from a copy, or choose another output (the runs in trials/ are whole: trials.csv has them)"
+        return ConfigError(database, f"({said})", "the study of this sweep, whole", fix)
+
+    try:
+        if os.path.exists(database):
+            if os.path.getsize(database) == 0 and os.listdir(trials):
+                raise damaged("empty, and there are trials")
+            with contextlib.closing(sqlite3.connect(database, timeout=WAIT_SECONDS)) as connection:
+                (found,) = connection.execute("pragma quick_check(1)").fetchone()
+            if found != "ok":
+                raise damaged(found)
+        yield
+    except ConfigError:
+        raise
+    # SQLite, SQLAlchemy and Optuna have errors of their own; a value that is none is a LookupError or ValueError.
+    except Exception as error:
+        raise damaged(error) from None
 
 
 def _key(dimension: Range | Axis) -> str:

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig, flag, options_of
@@ -12,7 +12,7 @@ from megatron_patch.config.arguments import add_arguments
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.alarm import read_proxy
 from megatron_patch.upstream.refusals import Feature, refuse
-from megatron_patch.upstream.width.bases import settle_bases
+from megatron_patch.upstream.width.bases import settle_bases, sizes_left_out
 
 
 def refuse_yaml_cfg(words: Sequence[str]) -> None:
@@ -90,17 +90,27 @@ def restore(loaded: Any) -> None:
             print(f"> --use-checkpoint-args: {' '.join(changed)} from the checkpoint", flush=True)
 
 
-def refuse_first(args: Any) -> None:
-    """Refuse what our flags cannot be honoured with before Megatron says what it has against it for other reasons.
+def validate_around(megatrons: Callable[[], Any], args: Any, default_of: Callable[[str], Any]) -> tuple[Any, Settings]:
+    """Have the arguments validated by Megatron and by us, and return what Megatron's validation does, and our settings.
+
+    What our flags cannot be honoured with is refused before Megatron says what it has against it for other reasons.
+
+    Args:
+        megatrons: Megatron's own validation of `args`.
+        args: its namespace, parsed from this process's command line; changed by both.
+        default_of: its parser's default of an argument.
 
     Raises:
-        ConfigError: names the flag.
+        ConfigError: on the first setting that cannot be honoured.
     """
     settings = Settings.of(vars(args))
     if settings.active:
         refuse(Feature.ANY, vars(args))
     if settings.metrics.active:
         refuse(Feature.METRICS, vars(args))
+    left_out = sizes_left_out(args, sys.argv[1:], default_of)
+    result = megatrons()
+    return result, validate(args, left_out)
 
 
 def validate(args: Any, left_out: Collection[str] = ()) -> Settings:

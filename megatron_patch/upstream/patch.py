@@ -5,7 +5,6 @@
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from megatron_patch.upstream.datasets import skip_compile_helpers
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
 from megatron_patch.upstream.monitor.monitor import AlignmentMonitor, watch
 from megatron_patch.upstream.record import Recorder, writing
-from megatron_patch.upstream.width.bases import sizes_left_out
 from megatron_patch.upstream.width.planned import PlannedRun, collectively
 
 _TRAINING = "megatron.training.training"
@@ -100,10 +98,7 @@ def entry_hooks(
         return parser
 
     def check_arguments(call: Callable[[], Any], args: Any) -> Any:
-        flags.refuse_first(args)
-        left_out = sizes_left_out(args, sys.argv[1:], megatron_parser().get_default)
-        validated = call()
-        settings = flags.validate(args, left_out)
+        validated, settings = flags.validate_around(call, args, megatron_parser().get_default)
         if settings.active:
             session.apply(settings)
         return validated

@@ -42,7 +42,8 @@ class Folder:
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """Start the tool in a process of its own."""
-        words = [sys.executable, TOOL, str(self.path / "sweep.yaml"), *arguments]
+        unchecked = () if "--dry-run" in arguments else ("--no-check",)  # Megatron knows no flag of the fake training
+        words = [sys.executable, TOOL, str(self.path / "sweep.yaml"), *arguments, *unchecked]
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def run(self, *arguments: str) -> tuple[int, str, str]:

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -30,7 +31,8 @@ def test_a_grid(sweep: Folder) -> None:
     code, out, err = sweep.run("--workers", "3")
     assert code == 0, err
     assert "6 trials: 6 finished; table: " in out
-    assert "lowest loss: 2.0000, lr=0.015625" in out
+    assert "width 32 (none): best LR 0.015" in out
+    assert f"megatron-patch transfer --sweep {sweep.out} --target TARGET.yaml --output tuned.yaml" in out
     trials = sorted(read_trials(str(sweep.out / "trials.csv")), key=lambda trial: trial.lr)
     assert [(t.lr, t.loss) for t in trials] == [(lr, loss_of(lr)) for lr in LRS]
     from_folders = sorted(read_trials(str(sweep.out)), key=lambda trial: trial.lr)
@@ -133,13 +135,29 @@ def test_workers_have_numbers_and_trials_ports(sweep: Folder) -> None:
     assert len({file.read_text() for file in sweep.out.glob("trials/*/port")}) == 6
 
 
+def test_a_trial_keeps_its_port(tmp_path: Path) -> None:
+    """Until it ends nobody who asks for any port is given it, and torch's store may listen there."""
+    import torch.distributed
+
+    from megatron_patch.sweep.attempt import _reserve_port
+
+    with _reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = torch.distributed.TCPStore("127.0.0.1", port, 1, True)
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+        del store
+
+
 def test_dry_run_writes_nothing(sweep: Folder) -> None:
     before = sorted(sweep.path.rglob("*"))
     code, out, _ = sweep.run("--dry-run")
     assert code == 0
     assert "lr=0.125 (to do): lr 0.125\n" in out
     assert f"  {sys.executable} {FAKE} {sweep.out}/trials/lr=0.125/config.yaml\n" in out
-    assert out.endswith(f"6 trials in {sweep.out}/trials\n")
+    assert f"6 trials in {sweep.out}/trials\nthe flags of the trials are not checked, nor is their cost known: " in out
     assert sorted(sweep.path.rglob("*")) == before
 
 
@@ -165,7 +183,7 @@ def test_interrupted(sweep: Folder, number: signal.Signals) -> None:
     process.send_signal(number)
     code, _, err = finish(process)
     assert code == 130
-    assert "interrupted: 1 of 4 trials are done; 2 running were ended and removed, to be trained from the start" in err
+    assert "interrupted: of 4 trials 1 finished; 2 running ended and removed, to be trained from the start" in err
     assert f"go on with: megatron-patch sweep {sweep.path}/sweep.yaml --resume" in err
     assert not any(alive(pid) for pid in pids)
     assert sweep.statuses() == {"lr=0.25": "finished"}
@@ -280,7 +298,7 @@ def test_submitted_trials_outlive_the_sweep(queue: Folder) -> None:
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130
-    assert "0 of 2 trials are done; 2 submitted ones go on" in err
+    assert "interrupted: of 2 trials none ended; 2 submitted go on" in err
     process = queue.start("--resume")
     assert process.stderr is not None
     assert "lr=0.25: was submitted before; waiting for its run.json" in process.stderr.readline()

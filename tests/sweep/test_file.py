@@ -147,6 +147,47 @@ def test_null_leaves_a_flag_out(tmp_path: Path) -> None:
     assert file.trial_flags(file.plan[1], "x")["seed"] == 3
 
 
+def test_placeholders_in_the_values_of_flags(tmp_path: Path) -> None:
+    """Not only in commands: five runs in W&B would all be called {name}."""
+    flags = {"wandb-exp-name": "{sweep}/{name}", "data-args-path": ["{config}", "x{folder}"], "seed": 7}
+    odd = {"alignment-layers": r"layers\.\d{1,2}", "wandb-project": "${USER}{{name}}", "title": '{"q": 1}'}
+    file = sweep(tmp_path, set=flags | odd, grid={"lr": [0.5], "save": ["/ckpt/{name}"]})
+    (trial,) = file.plan if isinstance(file.plan, tuple) else ()
+    folder = file.folder(trial)
+    found = file.trial_flags(trial, folder)
+    assert trial.name == "lr=0.5_save=-ckpt-name-"
+    assert found["wandb-exp-name"] == f"sweep/{trial.name}"
+    assert found["data-args-path"] == [f"{folder}/config.yaml", f"x{folder}"]
+    assert found["save"] == f"/ckpt/{trial.name}"
+    assert {name: found[name] for name in odd} == odd | {"wandb-project": "${USER}{name}"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"set": {"wandb-exp-name": "{nmae}"}},
+            r"set.wandb-exp-name \{nmae\}: expected one .*; did you mean \{name\}",
+        ),
+        ({"set": {"x": ["{name}", "a{Folder}"]}}, r"set.x \{Folder\}: expected one of"),
+        ({"set": {"x": "{lr}"}}, r"set.x \{lr\}: expected one of .*; write \{\{lr\}\} for the text \{lr\}"),
+        ({"set": {"x": "{port}"}}, r"set.x \{port\}: expected one of .*, which is known only when a command starts"),
+        ({"grid": {"x": ["{nmae}"]}}, r"grid.x.x \{nmae\}: expected one of"),
+        ({"grid": {"w": [{"lr": 1, "x": "{n_x}"}]}}, r"grid.w.x \{n_x\}: expected one of"),
+    ],
+)
+def test_unknown_placeholders_in_flags(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep(tmp_path, **content)
+
+
+def test_unknown_placeholders_in_the_base_config(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text('lr: 0.1\nwandb-exp-name: "{nmae}"\n')
+    (tmp_path / "sweep.yaml").write_text("config: base.yaml\noutput: o\ngrid: {lr: [1]}\n")
+    with pytest.raises(ConfigError, match=r"base.yaml: wandb-exp-name \{nmae\}"):
+        read_sweep(str(tmp_path / "sweep.yaml"))
+
+
 def test_placeholders(tmp_path: Path) -> None:
     command = ["srun", "--job-name={sweep}-{name}", "bash", "-c", "echo ${x} {config}", "{worker}"]
     file = sweep(tmp_path, command=command, environment={"GPU": "{worker}", "N": 1}, grid={"lr": [1]})

@@ -1,5 +1,6 @@
 """Sweeps by Optuna's samplers: one study for several processes, resumed after a kill."""
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -137,6 +138,49 @@ def test_another_space_is_refused(sweep: Folder) -> None:
     assert err.startswith("error: ")
     assert "made with another space" in err
     assert err.count("\n") == 1
+
+
+def damage(content: bytes, what: str) -> bytes:
+    """A study's file, damaged."""
+    half = len(content) // 2
+    return {
+        "other": b"something else entirely" * 100,
+        "cut off": content[:half],
+        "hole": content[:8192] + bytes(half) + content[8192 + half :],
+        "tail": content[:-9000] + b"\xff" * 9000,
+        "empty": b"",
+    }[what]
+
+
+def assert_refused(sweep: Folder) -> None:
+    before = (sweep.out / "study.db").read_bytes()
+    code, out, err = sweep.run("--resume")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {sweep.out}/study.db (")
+    assert "expected the study of this sweep, whole; restore it from a copy" in err
+    assert err.count("\n") == 1
+    assert (sweep.out / "study.db").read_bytes() == before
+
+
+def test_a_damaged_study_is_refused(sweep: Folder) -> None:
+    sweep.write(**search(trials=12))
+    assert sweep.run("--workers", "4")[0] == 0
+    whole = (sweep.out / "study.db").read_bytes()
+    for what in ("other", "cut off", "hole", "tail", "empty"):
+        (sweep.out / "study.db").write_bytes(damage(whole, what))
+        assert_refused(sweep)
+    for statement in (
+        "alter table trials drop column state",
+        "update alembic_version set version_num = 'v99'",
+        "update trials set state = 'WHAT'",
+        "update trial_params set distribution_json = '{'",
+    ):
+        (sweep.out / "study.db").write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(sweep.out / "study.db")) as database, database:
+            database.execute(statement)
+        assert_refused(sweep)
+    (sweep.out / "study.db").write_bytes(whole)
+    assert sweep.run("--resume")[0] == 0
 
 
 def drawn(sweep: Folder, output: str) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ Nothing happens at import; this module does not import torch until `activate` is
 
 import importlib
 import os
-import socket
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -54,11 +53,6 @@ def prepare_environment() -> None:
     for name, value, _ in ENVIRONMENT:
         os.environ[name] = value
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_world_size())))
-    if "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:
-        # Plain python: one process that meets only itself, on a port of its own, so that several can run side by side.
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -217,10 +217,22 @@ def _without_a_draw(init: Callable[..., Any]) -> Callable[..., Any]:
 # --- distributed -----------------------------------------------------------------------------------------------------
 
 
-def _without_device_id(init_process_group: Callable[..., Any]) -> Callable[..., Any]:
+def _without_device_and_port(init_process_group: Callable[..., Any]) -> Callable[..., Any]:
+    """`init_process_group` without a CUDA device; and, in plain python, without a TCP port.
+
+    One process that no launcher started meets only itself. A store in memory cannot be refused, unlike a port, fixed
+    or found to be free, that another process binds first.
+    """
+
     @functools.wraps(init_process_group)
     def init(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("device_id", None)
+        alone = "RANK" not in os.environ and kwargs.get("world_size") == 1 and kwargs.get("rank") == 0
+        if alone and kwargs.get("store") is None and kwargs.get("init_method") is None and len(args) < 2:
+            from torch import distributed
+
+            module: Any = distributed  # its stubs leave out what comes from C++
+            kwargs["store"] = module.HashStore()
         return init_process_group(*args, **kwargs)
 
     return init
@@ -290,5 +302,10 @@ TORCH_STAND_INS: tuple[StandIn, ...] = (
     StandIn("torch.cuda.random:manual_seed", _manual_seed, RNG_REASON),
     StandIn("torch.accelerator:is_available", lambda: False, _HONEST),
     StandIn("torch.accelerator:device_count", lambda: 0, _HONEST),
-    StandIn("torch.distributed:init_process_group", _without_device_id, "gets device_id=cuda:N, refused by gloo", True),
+    StandIn(
+        "torch.distributed:init_process_group",
+        _without_device_and_port,
+        "gets device_id=cuda:N, refused by gloo; and one rank in plain python needs no port, which may be taken",
+        wraps=True,
+    ),
 )

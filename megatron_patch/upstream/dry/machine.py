@@ -131,6 +131,12 @@ def machine_meant() -> Iterator[None]:
             os.environ[CONNECTIONS] = before
 
 
+def suit(args: Any) -> None:
+    """Inside `machine_meant`: be the machine that `args` want, where Megatron wants different ones."""
+    if args.use_megatron_fsdp or args.use_torch_fsdp2:
+        os.environ.pop(CONNECTIONS, None)
+
+
 @contextlib.contextmanager
 def process_groups(args: Any, rank: int) -> Iterator[Any]:
     """Make Megatron's process groups as `rank` of ``args.world_size`` would, over torch's fake backend.

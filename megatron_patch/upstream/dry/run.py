@@ -7,9 +7,6 @@ shape and no memory), the param groups and the LR scheduler. The width rule take
 
 import contextlib
 import copy
-import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -18,10 +15,9 @@ from typing import Any
 import torch
 
 from megatron_patch.config import Settings
-from megatron_patch.errors import ConfigError
+from megatron_patch.upstream.dry.arguments import settle_vocabulary, validated
 from megatron_patch.upstream.dry.coverage import Held, Position, merge
 from megatron_patch.upstream.dry.machine import (
-    CONNECTIONS,
     all_positions,
     assigned,
     distinct,
@@ -29,15 +25,11 @@ from megatron_patch.upstream.dry.machine import (
     megatrons_checks,
     process_groups,
 )
-from megatron_patch.upstream.patch import megatron_parser
 from megatron_patch.upstream.record import hyperparameter_table
 from megatron_patch.upstream.width.audit import audit_build
 from megatron_patch.upstream.width.bases import cautions, check_bases_used
 from megatron_patch.upstream.width.parameters import belongs_to_expert, describe
 from megatron_patch.upstream.width.plan import config_overrides, make_plan
-
-ASSUMED_VOCABULARY = 32_000
-"""Size of the vocabulary where neither the arguments nor a readable tokenizer tell it."""
 
 # Fields of Megatron's TransformerConfig with which its layers can be built where no GPU and its libraries are.
 _NO_KERNELS: dict[str, Any] = {
@@ -137,7 +129,7 @@ def dry_run(
         ConfigError: arguments that a run would be refused for.
         AuditError: param groups that a run would be refused for, or ranks that do not add up.
     """
-    args, notes = _validated(arguments, world_size, rank, ignore_unknown)
+    args, notes = validated(arguments, world_size, rank, ignore_unknown)
     settings = Settings.of(vars(args))
     blueprint = _blueprint(args, gpu, notes)
     positions = all_positions(args)
@@ -161,54 +153,7 @@ def dry_run(
     return DryRun(args, settings, built[0].table, parameters, tuple(groups.values()), seen, tuple(notes))
 
 
-# --- arguments and configs -------------------------------------------------------------------------------------------
-
-
-def _validated(
-    arguments: Sequence[str], world_size: int | None, rank: int, ignore_unknown: bool
-) -> tuple[Any, list[str]]:
-    """Return Megatron's namespace after its own validation and ours, and what had to be added to it."""
-    from megatron.training import arguments as megatron
-
-    notes = []
-    with megatrons_checks(), assigned(sys, argv=["explain", *arguments]), machine_meant():
-        args = megatron.parse_args(ignore_unknown_args=ignore_unknown)
-        if ignore_unknown and (unknown := megatron_parser().parse_known_args(arguments)[1]):
-            notes.append(f"left out, since no parser here knows it: {' '.join(unknown)}")
-        _refuse_other_models(args)
-        if args.use_megatron_fsdp or args.use_torch_fsdp2:
-            os.environ.pop(CONNECTIONS, None)
-        args.world_size = world_size or _smallest_world(args)
-        args.rank = rank
-        if not 0 <= rank < args.world_size:
-            raise ConfigError(
-                "--rank", rank, f"0 to {args.world_size - 1}, with {args.world_size} ranks", "give --world-size too"
-            )
-        measured = args.alignment_interval > 0 or args.spectral_interval > 0
-        if measured and not (args.metrics_dir or args.save or args.tensorboard_dir):
-            args.metrics_dir = os.devnull
-            notes.append("a run also needs --metrics-dir, --save or --tensorboard-dir, since metrics are on")
-        megatron.validate_args(args)
-    return args, notes
-
-
-def _refuse_other_models(args: Any) -> None:
-    """Before Megatron says what it has against them."""
-    if args.optimizer not in ("adam", "sgd"):
-        raise ConfigError(
-            "--optimizer", args.optimizer, "adam or sgd: others build param groups of their own", "explain one of these"
-        )
-    if args.hybrid_layer_pattern:
-        raise ConfigError(
-            "--hybrid-layer-pattern", args.hybrid_layer_pattern, "a GPT: no other model is built here", "drop the flag"
-        )
-
-
-def _smallest_world(args: Any) -> int:
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    experts = args.expert_model_parallel_size * args.pipeline_model_parallel_size
-    experts *= args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    return math.lcm(max(1, model * args.context_parallel_size), max(1, experts))
+# --- the model's config -----------------------------------------------------------------------------------------------
 
 
 def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
@@ -217,7 +162,7 @@ def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
 
     asked = args.transformer_impl
     with megatrons_checks(), machine_meant():
-        _settle_vocabulary(args, notes)
+        settle_vocabulary(args, notes)
         config = gpt_config_from_args(args)
         config.finalize()
         if config.should_pad_vocab:
@@ -243,24 +188,6 @@ def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
             "parameters with the same shapes, but call a norm input_layernorm.weight, not linear_qkv.layer_norm_weight"
         )
     return _Blueprint(config, any_attention=not gpu and asked != "local")
-
-
-def _settle_vocabulary(args: Any, notes: list[str]) -> None:
-    """Find out the size of the vocabulary, from the tokenizer if it can be read here."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    if args.padded_vocab_size is not None:
-        return
-    try:
-        build_tokenizer(args)
-    except Exception as error:
-        if args.vocab_size is None:
-            args.vocab_size = ASSUMED_VOCABULARY
-            notes.append(
-                f"the tokenizer cannot be read here ({' '.join(str(error).split())[:120]}): a vocabulary of "
-                f"{ASSUMED_VOCABULARY:,} is assumed, which decides the shape of embedding and LM head alone; "
-                "--vocab-size sets it"
-            )
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

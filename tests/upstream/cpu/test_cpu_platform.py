@@ -150,8 +150,7 @@ def test_environment_of_plain_python(no_launcher: pytest.MonkeyPatch) -> None:
         "DS_ACCELERATOR": "cpu",
     }
     assert os.environ["OMP_NUM_THREADS"] == "8"
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert int(os.environ["MASTER_PORT"]) > 0
+    assert "MASTER_PORT" not in os.environ  # nobody to meet
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's and the deepspeed launcher's
