@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from megatron_patch.entry.run import (
     DEFAULT_SCRIPT,
-    USAGE,
     explain_unknown,
     split_command_line,
     yaml_arguments,
@@ -840,7 +839,7 @@ def test_commands_without_megatron(tmp_path: Path) -> None:
 
     for argv in (["run"], ["run", "-h"], ["run", "--help"]):
         ended = start(*argv)
-        assert (ended.returncode, ended.stdout, ended.stderr) == (0, USAGE + "\n", "")
+        assert (ended.returncode, ended.stdout.startswith("usage: "), ended.stderr) == (0, True, "")
     ended = start("run", "absent.py")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: SCRIPT.py absent.py: expected an existing Python file")
