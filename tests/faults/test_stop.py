@@ -6,9 +6,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from tests.support.faulty import LAST, assert_same_records, iterations, metrics, start, tracker
 from tests.support.monitored import read_lines
@@ -65,12 +62,6 @@ def test_stopped_and_started_again(pool: Pool, tmp_path: Path, whole: tuple[Path
 
 
 def assert_same_lines(folder: Path, there: Path, name: str) -> None:
-    """To the last bit, but for singular values: the power iteration starts anew at a checkpoint nobody had planned."""
+    """To the last bit, singular values too: nothing is kept between measurements."""
     mine, theirs = (read_lines(place / "transfer", name) for place in (folder, there))
-    assert list(mine) == list(theirs)
-    estimated = {"top_singular_value", "normalised_top_singular_value"}
-    for key, line in mine.items():
-        same: dict[str, Any] = {k: v for k, v in theirs[key].items() if k not in estimated}
-        assert {k: v for k, v in line.items() if k not in estimated} == same
-        for k in estimated & line.keys():
-            assert line[k] == (None if theirs[key][k] is None else pytest.approx(theirs[key][k], rel=1e-3))
+    assert mine == theirs

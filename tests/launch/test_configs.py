@@ -9,6 +9,7 @@ Engine for these files, not even for FP8, before layers are built.
 import argparse
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ WORLD_SIZES = {
     "paper_llama_w512": 8,
     "paper_llama_w1024": 8,
     "paper_llama_w2048": 8,
+    "proxy_7b_w256": 8,
+    "proxy_70b_w256": 8,
     "target_7b_h100_bf16": 64,
     "target_7b_h100_fp8": 64,
     "target_70b_h100_bf16": 512,
@@ -128,6 +131,50 @@ def test_proxy_in_the_header_of_a_target(monkeypatch: pytest.MonkeyPatch, name: 
     assert proxy.num_attention_heads * proxy.kv_channels == target["base-kv-projection-size"]
     assert proxy.num_layers == target["num-layers"]
     assert proxy.pipeline_model_parallel_size == proxy.tensor_model_parallel_size == 1
+
+
+PAIRS = {
+    "example_target_w256": "example_proxy_w32",
+    "paper_llama_w2048": "paper_llama_w128",
+    "target_7b_h100_bf16": "proxy_7b_w256",
+    "target_7b_h100_fp8": "proxy_7b_w256",
+    "target_70b_h100_bf16": "proxy_70b_w256",
+    "target_70b_h100_fp8": "proxy_70b_w256",
+}
+
+
+@pytest.mark.parametrize("target", PAIRS)
+def test_a_pair_goes_together_without_force(target: str, tool: Callable[..., int], tmp_path: Path) -> None:
+    """A sweep of the proxy with a clear optimum at 2^-9 becomes the target's config; nothing has to be overruled."""
+    proxy = load_yaml(str(CONFIGS / f"{PAIRS[target]}.yaml"))
+    rows = ["hidden_size,lr,loss,weight_decay,steps"]
+    for k in range(-12, -5):
+        loss = 3 + 0.01 * (k + 9) ** 2
+        rows.append(f"{proxy['hidden-size']},{2.0**k},{loss},{proxy['weight-decay']},{proxy['train-iters']}")
+    (tmp_path / "sweep.csv").write_text("\n".join(rows) + "\n")
+    out = tmp_path / "tuned.yaml"
+    words = ["--sweep", tmp_path / "sweep.csv", "--proxy", CONFIGS / f"{PAIRS[target]}.yaml", "--output", out]
+    assert tool("transfer_config", *words, "--target", CONFIGS / f"{target}.yaml") == 0
+    tuned, before = load_yaml(str(out)), load_yaml(str(CONFIGS / f"{target}.yaml"))
+    assert tuned["lr"] == pytest.approx(2.0**-9, rel=1e-2)
+    changed = {key for key in tuned if tuned[key] != before.get(key)}
+    assert {key for key in changed if not key.startswith("base-")} <= {"lr", "weight-decay", "vector-lr"}
+
+
+@pytest.mark.parametrize("size", ["7b", "70b"])
+def test_a_proxy_file_is_what_the_header_of_its_target_says(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    """Written down twice, as a file and as flags on top of the target's: the models and the schedules are the same."""
+    target = f"target_{size}_h100_bf16"
+    found = re.search(r"flags of this file with (--[^;]*);", header(target))
+    assert found
+    by_flags = accepted(monkeypatch, CONFIGS / f"{target}.yaml", header_flags(target) + found[1].split(), 8)
+    name = f"proxy_{size}_w256"
+    by_file = accepted(monkeypatch, CONFIGS / f"{name}.yaml", header_flags(name), 8)
+    differing = {key for key, value in vars(by_flags).items() if value != getattr(by_file, key)}
+    ours = {"width_scaling", "base_hidden_size", "base_ffn_hidden_size", "base_kv_projection_size"}
+    machine = {"micro_batch_size", "eval_micro_batch_size", "num_layers_per_virtual_pipeline_stage"}
+    machine.add("exit_duration_in_mins")
+    assert differing <= ours | machine | {"extra_warmup", "extra_warmup_fraction"}
 
 
 def test_family_differs_in_width_only() -> None:
