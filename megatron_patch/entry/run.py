@@ -233,18 +233,13 @@ def _run(argv: Sequence[str]) -> None:
             leave_report()
         raise
     except Exception as error:
+        from megatron_patch.upstream.cpu.platform import has_cuda
+
         if not asked_for("cpu", flags, arguments) and not has_cuda():
             error.add_note("(torch sees no CUDA device on this machine: add --cpu to train on CPU with gloo)")
         raise
     refuse_unread_flags(script, arguments, session)
     leave_report()
-
-
-def has_cuda() -> bool:
-    """Whether torch sees a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def leave_report() -> None:

@@ -14,7 +14,6 @@ from megatron_patch.sweep.engine import run_sweep
 from megatron_patch.sweep.file import Search, SweepFile, read_sweep
 from megatron_patch.sweep.planned import is_done, to_check
 from megatron_patch.sweep.preview import H100_TFLOPS, MFU, Cost, show_sweep
-from megatron_patch.transfer.closing import closing
 
 EXAMPLE = """example:
   {started} configs/sweep_example.yaml --dry-run
@@ -62,6 +61,8 @@ def _sweep(args: argparse.Namespace) -> int:
         show_sweep(file)
         print(*lines, sep="\n", end="\n" if lines else "")
         return ExitCode.DONE
+    from megatron_patch.transfer.closing import closing  # numpy and scipy, of which --help has no need
+
     return run_sweep(
         file,
         workers=args.workers,

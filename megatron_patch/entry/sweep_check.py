@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_patch.entry.explain import plain_errors
 from megatron_patch.entry.run import DEFAULT_SCRIPT, asked_for, explain_unknown, split_command_line, yaml_arguments
-from megatron_patch.errors import ConfigError, MegatronPatchError
+from megatron_patch.errors import MegatronPatchError
 from megatron_patch.sweep.axes import PlannedTrial
 from megatron_patch.sweep.file import SweepFile
 from megatron_patch.sweep.planned import Run, run_of
@@ -118,6 +118,6 @@ def _check(checker: Any, gpu: bool, name: str, flags: dict[str, Any], run: Run) 
             if "--cpu" in words:
                 words, _ = cpu_arguments(words)
             flops, notes = checker.check(words, run.ranks, own_script)
-        except ConfigError as error:
+        except MegatronPatchError as error:
             return Checked(name, mistake=str(error))
     return Checked(name, flops=flops, notes=tuple(notes))

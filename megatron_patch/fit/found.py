@@ -1,5 +1,7 @@
 """What a fit finds: an optimum of one curve, one of a surface, or the reason why there is none."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -103,3 +105,15 @@ class NoOptimum(Refused):
         partial = replace(self.partial, blown=blown) if self.partial else None
         reason = f"{self.reason} (counted as diverged, as they blew up: {described(blown)})"
         return type(self)(reason, self.fix, partial)
+
+
+def octaves(low: float, high: float) -> str:
+    """Return an interval of log2(LR) as LRs, in words."""
+    if math.isinf(low) or math.isinf(high):
+        return "unbounded"
+    return f"{2**low:.3g} to {2**high:.3g} ({high - low:.1f} octaves)"
+
+
+def listed(values: Sequence[float]) -> str:
+    """Return numbers as a list for a sentence."""
+    return ", ".join(f"{value:.4g}" for value in values)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_patch.fit.blowups import settle
-from megatron_patch.fit.found import NoOptimum, Optimum, Ridge
+from megatron_patch.fit.found import NoOptimum, Optimum, Ridge, listed, octaves
 from megatron_patch.fit.seeds import aligned, informative
 from megatron_patch.fit.surface import Surface, fit, outliers
 from megatron_patch.runs.trial import Trial
@@ -65,11 +65,11 @@ def _fit_curve(trials: Sequence[Trial], seed: int) -> Optimum:
     finite = aligned(raw)
     lrs = sorted({t.lr for t in finite})
     if len(lrs) < 3:
-        shown = _listed(lrs) if lrs else "none"
+        shown = listed(lrs) if lrs else "none"
         lost = sum(t.diverged for t in trials)
         raise NoOptimum(
             f"{len(lrs)} of the learning rates have a finite loss ({shown}; {lost} runs diverged) and a fit needs 3",
-            "train more learning rates" + (f" around {_listed(lrs)}" if lrs else ", lower ones"),
+            "train more learning rates" + (f" around {listed(lrs)}" if lrs else ", lower ones"),
             _best_point(finite),
         )
     x, y = np.log2([[t.lr] for t in finite]), np.array([t.loss for t in finite])
@@ -101,7 +101,7 @@ def _fit_curve(trials: Sequence[Trial], seed: int) -> Optimum:
         )
     if not optimum.width <= WIDEST + 1e-9:
         raise NoOptimum(
-            f"the interval of the best LR, {_octaves(optimum.low, optimum.high)}, is wider than {WIDEST:g} octaves",
+            f"the interval of the best LR, {octaves(optimum.low, optimum.high)}, is wider than {WIDEST:g} octaves",
             "train more seeds, or more learning rates around the best",
             optimum,
         )
@@ -198,7 +198,7 @@ def _checked_ridge(
     rises = np.quantile([t.loss for t in used], 0.5) - min(t.loss for t in used)
     _check_loss(ridge.lr, ridge.loss, float(rises), surface, used, ridge)
     if not high - low <= WIDEST + 1e-9:
-        product = _octaves(*_quantiles(surface.draws.sum(axis=1)))
+        product = octaves(*_quantiles(surface.draws.sum(axis=1)))
         flat = (
             f"; the product LR * weight decay is known better: {product}, and along the ridge the loss rises by "
             f"{ridge.along / 2:.2g} an octave from the optimum, by {ridge.across / 2:.2g} across"
@@ -206,7 +206,7 @@ def _checked_ridge(
             else ""
         )
         raise NoOptimum(
-            f"the interval of the best LR, {_octaves(low, high)}, is wider than {WIDEST:g} octaves{flat}",
+            f"the interval of the best LR, {octaves(low, high)}, is wider than {WIDEST:g} octaves{flat}",
             "give --weight-decay to take the optimal LR at one weight decay, or train more seeds",
             ridge,
         )
@@ -228,7 +228,7 @@ def _check_hull(
     high = at > math.log2(grid[0]) + slack
     edge, step = (grid[-1], grid[-1] / grid[-2]) if high else (grid[0], grid[0] / grid[1])
     beyond = sorted({of(t) or 0.0 for t in trials if t.diverged and (of(t) or 0.0) > edge}) if high else []
-    lost = f" (and {_listed(beyond)} diverged)" if beyond else ""
+    lost = f" (and {listed(beyond)} diverged)" if beyond else ""
     fix = f"add {edge * math.sqrt(step):.4g}" if beyond else f"add {edge * step:.4g} and {edge * step * step:.4g}"
     raise NoOptimum(
         f"the fitted {name}, {2**at:.4g}, is not inside the grid, whose {'highest' if high else 'lowest'} {name} with "
@@ -309,7 +309,7 @@ def _check_edge(best: Optimum, used: Sequence[Trial], trials: Sequence[Trial]) -
     beyond = sorted({t.lr for t in trials if t.diverged and t.lr > lr}) if highest else []
     if beyond:
         between = math.sqrt(lr * beyond[0])
-        reason = f"the best LR {lr:.4g} is the highest that did not diverge ({_listed(beyond)} did)"
+        reason = f"the best LR {lr:.4g} is the highest that did not diverge ({listed(beyond)} did)"
         fix = f"add {between:.4g}" if beyond[0] / lr < 4 else f"add {2 * lr:.4g} and {between:.4g}"
     else:
         reason = f"the best LR {lr:.4g} is the {edge} of the grid, so the optimum may lie outside"
@@ -393,13 +393,3 @@ def _quantiles(draws: NDArray[np.float64]) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(draws, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _octaves(low: float, high: float) -> str:
-    if math.isinf(low) or math.isinf(high):
-        return "unbounded"
-    return f"{2**low:.3g} to {2**high:.3g} ({high - low:.1f} octaves)"
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_patch.config import Settings, WarmupConfig, WidthConfig
 from megatron_patch.entry.explain import USAGE, content, explain, groups, own_options, selection, show
+from megatron_patch.entry.main import started_as
 from megatron_patch.entry.outlook import outlook
 from megatron_patch.errors import ConfigError
 from megatron_patch.theory.equilibrium import steps_to_equilibrium
@@ -309,4 +310,4 @@ def test_mistakes_found_before_anything_is_imported(
 @pytest.mark.parametrize("argv", [[], ["--help"], ["--lr", "1", "-h"]])
 def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     explain(argv)
-    assert capsys.readouterr().out == USAGE.format(started="megatron-patch") + "\n"
+    assert capsys.readouterr().out == USAGE.format(started=started_as()) + "\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -79,7 +80,7 @@ main()
     started = "python -m megatron_patch" if module else "megatron-patch"
     assert done.stdout.startswith(f"usage: {started} {name} ")
     if name == "run":  # ours; Megatron's follow with a script
-        assert all(f"\n  {option.flag} " in done.stdout for option in OPTIONS)
+        assert {option.flag for option in OPTIONS} == set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE))
     modules = json.loads(done.stderr)
     assert not HEAVY & {module.partition(".")[0] for module in modules}
     assert len(modules) < MODULES

@@ -486,7 +486,7 @@ def session_from_begin_to_end() -> dict[str, Any]:
         return hasattr(arguments.validate_args, "_megatron_patch"), hasattr(training.train, "_megatron_patch")
 
     asked = Settings()
-    flags.validate = lambda args, left_out: asked
+    flags.validate_around = lambda megatrons, args, default_of: (megatrons(), asked)
     arguments.validate_args = lambda args: args  # Megatron's own validation is not what is looked at
     originals = arguments.validate_args, training.train
     parsers: list[Any] = []

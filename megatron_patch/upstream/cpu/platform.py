@@ -55,6 +55,13 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_world_size())))
 
 
+def has_cuda() -> bool:
+    """Return whether torch sees a GPU; it says so too while the platform is active."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 #: Megatron flags without which it does not run on CPU, each as (flag and value, reason).
