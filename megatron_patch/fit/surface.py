@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 
@@ -219,7 +220,7 @@ def outliers(x: Array, y: Array) -> list[int]:
         surprise, freedom, worst = max(surprises)
         kept.remove(worst)
         removed.append(worst)
-        if surprise > _student(1 - OUTLIER_LEVEL / (2 * (len(kept) + 1)), freedom):
+        if surprise > stdtrit(freedom, 1 - OUTLIER_LEVEL / (2 * (len(kept) + 1))):
             found = len(removed)
     return removed[:found]
 
@@ -239,7 +240,7 @@ def _outliers_of_many(x: Array, y: Array) -> list[int]:
         seeds = len(kept) / len(places)
         variance = seeds * fitted.sigma**2 + misfit**2 + np.sum((rows @ fitted.solve) ** 2, axis=1)
         surprise = np.abs(y[kept] - predicted) / np.sqrt(variance)
-        limit = _student(1 - OUTLIER_LEVEL / (2 * len(kept)), fitted.freedom)
+        limit = stdtrit(fitted.freedom, 1 - OUTLIER_LEVEL / (2 * len(kept)))
         room = len(y) // 4 - len(removed)
         found = [int(i) for i in np.argsort(-surprise)[:room] if surprise[i] > limit]
         if not found:
@@ -263,11 +264,3 @@ def _surprise(x: Array, y: Array, kept: list[int], i: int) -> tuple[float, float
     misfit = MISFIT[0 if inside else 1] * max(rise, 0)
     variance = seeds * fitted.sigma**2 + misfit**2 + float(np.sum((row @ fitted.solve) ** 2))
     return abs(y[i] - predicted) / math.sqrt(variance), fitted.freedom
-
-
-def _student(probability: float, freedom: float) -> float:
-    """Quantile of Student's t, from its density in the angle atan(t / sqrt(freedom)), which is cos^(freedom - 1)."""
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 20001)
-    total = np.cumsum(np.cos(angle) ** (freedom - 1))
-    place = int(np.searchsorted(total, probability * total[-1]))
-    return math.sqrt(freedom) * math.tan(min(float(angle[place]), math.pi / 2 - 1e-6))
