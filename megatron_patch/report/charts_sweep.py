@@ -290,7 +290,7 @@ def draw_heat_map(axes: Axes, cells: dict[tuple[float, float], Point], ridge: Ri
         face = "#888888" if point.diverged else matplotlib.colors.to_hex(colors(share))
         cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="none")
         cell.set_gid(hover_cell(f"weight decay {decay:.4g}, {_point_text(point)}"))
-        axes.add_patch(cell)
+        axes.add_artist(cell)  # the limits are set below; add_patch would look for them cell by cell
         if few:
             text = "div." if point.diverged else f"{point.loss:.2f}"
             ink = "#ffffff" if share < 0.55 else "#000000"

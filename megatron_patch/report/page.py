@@ -18,7 +18,6 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.files.output import OutputFiles
 from megatron_patch.files.run_json import Status
 from megatron_patch.report import charts_layers, charts_run, sweep_section, tables
-from megatron_patch.report.charts_sweep import heat_maps, transfer_pictures
 from megatron_patch.report.charts_widths import comparison_galleries, comparisons
 from megatron_patch.report.drawing import DARK, LIGHT, Picture, grid_figure, png, small_figure, wide_figure
 from megatron_patch.report.svg import svg
@@ -83,7 +82,7 @@ def report_on_run(folder: str) -> str:
 
 def _overview(runs: Sequence[Run], sweep: Sweep | None) -> Figure | None:
     if sweep:
-        drawn = transfer_pictures(sweep.study, sweep.grades) + heat_maps(sweep.study)
+        drawn = sweep.curves + sweep.heat_maps
         return grid_figure("Loss against base LR", drawn[:MOST_IN_GRID])
     if len(runs) == 1:
         return charts_run.overview(runs[0])
@@ -188,8 +187,8 @@ def _sweep_section(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
         "verdicts": sweep.verdicts,
         "card": sweep_section.card_table(sweep.grades),
         "proxy": sweep_section.proxy_text(sweep),
-        "curves": _figures(transfer_pictures(sweep.study, sweep.grades), "s"),
-        "heat_maps": _figures(heat_maps(sweep.study), "h"),
+        "curves": _figures(sweep.curves, "s"),
+        "heat_maps": _figures(sweep.heat_maps, "h"),
         "compared": compared,
         "trials": sweep_section.trials_table(sweep),
     }

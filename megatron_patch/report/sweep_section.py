@@ -4,10 +4,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.fit.curves import Study, is_sweep, setting, study
 from megatron_patch.fit.report_card import Grade, report_card, verdicts
+from megatron_patch.report.charts_sweep import heat_maps, transfer_pictures
+from megatron_patch.report.drawing import Picture
 from megatron_patch.report.tables import Cell, Table, exact, number
 from megatron_patch.runs.foreign import has_foreign_runs, read_foreign_runs
 from megatron_patch.runs.run import Run, find_runs, read_runs
@@ -27,6 +30,16 @@ class Sweep:
     study: Study
     grades: tuple[Grade, ...]
     verdicts: tuple[str, ...]
+
+    @cached_property
+    def curves(self) -> list[Picture]:
+        """The pictures of loss over LR; page and picture show the same, and a fit takes its time."""
+        return transfer_pictures(self.study, self.grades)
+
+    @cached_property
+    def heat_maps(self) -> list[Picture]:
+        """Those of loss over LR and weight decay."""
+        return heat_maps(self.study)
 
 
 def read_all(paths: Sequence[str]) -> tuple[tuple[Run, ...], Sweep | None, tuple[str, ...]]:
