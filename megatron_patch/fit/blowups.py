@@ -1,6 +1,6 @@
 """Runs that blew up to a finite loss: they diverged, as the ones that ended in nan did.
 
-A training whose learning rate is too high often does not end in nan: it stays near the loss that it began with, or
+A run whose learning rate is too high often does not end in nan: it stays near the loss that it began with, or
 falls back to what the frequencies of tokens alone give. Such a point is no part of the valley of losses over log2(LR),
 and a fit that takes it for one bends the curve until its minimum lies a nat below anything measured. In 246 public
 curves (Step Law) the valley rises by less than 0.31 nats towards high LRs, and what blew up is 1.5 nats or more above

@@ -92,7 +92,7 @@ def check_bases_used(width: WidthConfig, used: Collection[str]) -> None:
             raise ConfigError(
                 flag(f"base_{name}"),
                 size,
-                f"a model with a layer for it, a {BASE_DIMENSIONS[name]}",
+                f"a model with a layer that has it ({BASE_DIMENSIONS[name]})",
                 "drop the flag for this model",
             )
 

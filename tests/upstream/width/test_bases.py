@@ -75,7 +75,7 @@ def test_experts_that_follow_the_mlp_follow_that_of_the_proxy(pool: Pool) -> Non
 def test_a_base_that_no_layer_uses_is_a_mistake(argv: str, flag: str, pool: Pool) -> None:
     """All layers have experts, none an MLP."""
     words = f"{LLAMA_STYLE} {argv} {SQRT} 16".split()
-    with pytest.raises(RankFailure, match=f"{flag}.*: expected a model with a layer for it, a MLP width"):
+    with pytest.raises(RankFailure, match=f"{flag}.*: expected a model with a layer that has it .MLP width"):
         pool.run(said_by, argv=words)
 
 
