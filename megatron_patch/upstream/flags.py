@@ -103,11 +103,7 @@ def validate_around(megatrons: Callable[[], Any], args: Any, default_of: Callabl
     Raises:
         ConfigError: on the first setting that cannot be honoured.
     """
-    settings = Settings.of(vars(args))
-    if settings.active:
-        refuse(Feature.ANY, vars(args))
-    if settings.metrics.active:
-        refuse(Feature.METRICS, vars(args))
+    _refuse_together(Settings.of(vars(args)), args)
     left_out = sizes_left_out(args, sys.argv[1:], default_of)
     result = megatrons()
     return result, validate(args, left_out)
@@ -137,18 +133,23 @@ def validate(args: Any, left_out: Collection[str] = ()) -> Settings:
         ) from None
     if settings.metrics.reference_run is not None:
         _check_reference(settings.metrics)
+    _refuse_together(settings, args)
     if settings.active:
-        refuse(Feature.ANY, vars(args))
         _check_learning_rates(args, settings.width)
         _check_initialisation(args, settings.width)
         if getattr(args, "use_mup", False) and settings.width.active:
             _check_mup(args, settings.width)
-    if settings.metrics.active:
-        refuse(Feature.METRICS, vars(args))
     if settings.override and not getattr(args, "use_checkpoint_opt_param_scheduler", False):
         # Megatron's scheduler compares its own peak LR and weight decay with the checkpoint's and would refuse.
         args.override_opt_param_scheduler = True
     return settings
+
+
+def _refuse_together(settings: Settings, args: Any) -> None:
+    if settings.active:
+        refuse(Feature.ANY, vars(args))
+    if settings.metrics.active:
+        refuse(Feature.METRICS, vars(args))
 
 
 def _check_reference(metrics: MetricsConfig) -> None:

@@ -91,14 +91,20 @@ def entry_hooks(
         prepare_parser: called with every parser that Megatron makes.
     """
 
+    parsers: list[argparse.ArgumentParser] = []  # making another one takes longer than all that is done here
+
+    def no_default(name: str) -> None:
+        """A script without Megatron's parser has given every size itself."""
+
     def add_ours(call: Callable[[], Any], parser: Any) -> Any:
         prepare_parser(parser)
         parser = add_arguments(call())
         flags.mend_help(parser)
+        parsers.append(parser)
         return parser
 
     def check_arguments(call: Callable[[], Any], args: Any) -> Any:
-        validated, settings = flags.validate_around(call, args, megatron_parser().get_default)
+        validated, settings = flags.validate_around(call, args, parsers[-1].get_default if parsers else no_default)
         if settings.active:
             session.apply(settings)
         return validated
