@@ -58,8 +58,11 @@ def settle(trials: Sequence[Trial]) -> Settled:
         same[t.lr] = min(same.get(t.lr, math.inf), t.loss)
     up_to = dict(zip(same, itertools.accumulate(same.values(), min), strict=True))  # with that LR or a lower one
     lost = {id(t) for t in finite if t.loss > same[t.lr] + FAR or _learned_nothing(t, up_to[t.lr])}
-    for decay in {t.weight_decay for t in finite}:
-        lost |= _jumped([t for t in finite if t.weight_decay == decay and id(t) not in lost])
+    by_decay: dict[float | None, list[Trial]] = {}
+    for t in finite:
+        if id(t) not in lost:
+            by_decay.setdefault(t.weight_decay, []).append(t)
+    lost.update(*map(_jumped, by_decay.values()))
     settled = tuple(replace(t, loss=DIVERGED) if id(t) in lost else t for t in trials)
     return Settled(settled, tuple(t for t in trials if id(t) in lost))
 
@@ -80,9 +83,7 @@ def start_loss(trial: Trial) -> float | None:
 
 
 def _jumped(trials: Sequence[Trial]) -> set[int]:
-    """Return the ids of the runs that jumped; `trials` are of one weight decay and rise in LR."""
-    if not trials:
-        return set()
+    """Return the ids of the runs that jumped; `trials` are of one weight decay and rise in LR, and there is one."""
     best = min(trials, key=lambda t: t.loss)
     below = [t for t in reversed(trials) if t.lr < best.lr]
     above = [t for t in trials if t.lr > best.lr]

@@ -36,6 +36,8 @@ OUTLIER_LEVEL = 0.01
 """Chance that a sweep without outliers loses a point."""
 ONE_BY_ONE = 30
 """Measurements up to which each is predicted from the others; of more, one has too little say in the fit to matter."""
+CLOSE = 1e-12
+"""Octaves of a last step of Newton's method that need no further one."""
 ROUNDS = 5
 """In which outliers among many measurements are looked for."""
 AT_ONCE = 2_000_000
@@ -118,6 +120,8 @@ def _minimise(coefficients: Array, k: int, reach: float) -> Array:
         point = point - step * np.minimum(1, 1 / np.maximum(length, 1e-12))  # at most an octave at a time
         ok &= np.linalg.norm(point, axis=1) <= reach
         point[~ok] = 0
+        if length[ok].max(initial=0) < CLOSE:
+            break
     gradient, hessian = _derivatives(coefficients, point)
     curved = np.linalg.eigvalsh(hessian)[:, 0]
     ok &= (curved > 0) & (np.linalg.norm(gradient, axis=1) <= 1e-4 * np.maximum(curved, 1e-300) + 1e-12)
@@ -154,7 +158,8 @@ def _fit(x: Array, y: Array, highest: int | None = None) -> _Fit:
         weakness = (1 + (rise / (bend * REACH**2)) ** POWER) / np.sqrt(counts)
         scale = np.concatenate([sigma * weakness, bend * np.array([BENDS[d] for d in degrees[shrunk]])])
         rows = np.concatenate([design, prior]) / scale[:, None]
-        solve = np.linalg.pinv(rows)  # places on a line leave a surface open across it
+        orthogonal, triangular = np.linalg.qr(rows)
+        solve = np.linalg.pinv(triangular) @ orthogonal.T  # places on a line leave a surface open across it
         coefficients = solve @ (values / scale)
         residuals = (means - design @ coefficients) / weakness
         freedom = max(n - float(np.sum(rows[:n] * solve[:, :n].T)), 0.0)

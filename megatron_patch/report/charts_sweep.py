@@ -10,14 +10,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from matplotlib.collections import PolyCollection
 from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.transforms import AffineDeltaTransform
 
 from megatron_patch.fit.curves import CONTROLS, Curve, Point, Study, grouped, label
 from megatron_patch.fit.found import NoOptimum, Ridge
 from megatron_patch.fit.optimum import fit_lr_weight_decay
 from megatron_patch.fit.report_card import Grade
-from megatron_patch.report.drawing import INK, LIGHT, Picture, hover, hover_cell, name_ends
+from megatron_patch.report.drawing import INK, LIGHT, Picture, hover, hover_cells, name_ends
 from megatron_patch.runs.trial import Trial
 
 TALLEST = 1.0
@@ -26,6 +27,8 @@ MOST_POINTS = 60
 """LRs that a line shows one by one; more are pooled in this many bins."""
 MOST_LEVELS = 24
 """LRs, and weight decays, that a heat map shows one by one; the same."""
+MOST_TICKS = 8
+"""LRs, and weight decays, that the axis of a heat map names; of more, every second, third ... one."""
 FEWEST_CELLS = 2
 """Weight decays, and LRs, from which a heat map is worth drawing."""
 
@@ -284,26 +287,42 @@ def draw_heat_map(axes: Axes, cells: dict[tuple[float, float], Point], ridge: Ri
     span = max(min(max(losses, default=1.0) - low, TALLEST), 1e-6)
     colors = matplotlib.colormaps["viridis"]
     few = len(lrs) * len(decays) <= 64
+    places, faces, texts = [], [], []
     for (lr, decay), point in cells.items():
         x, y = lrs.index(lr), decays.index(decay)
         share = 1.0 if point.diverged else min((point.loss - low) / span, 1.0)
-        face = "#888888" if point.diverged else matplotlib.colors.to_hex(colors(share))
-        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="none")
-        cell.set_gid(hover_cell(f"weight decay {decay:.4g}, {_point_text(point)}"))
-        axes.add_artist(cell)  # the limits are set below; add_patch would look for them cell by cell
+        places.append((x, y))
+        faces.append("#888888" if point.diverged else matplotlib.colors.to_hex(colors(share)))
+        texts.append(f"weight decay {decay:.4g}, {_point_text(point)}")
         if few:
             text = "div." if point.diverged else f"{point.loss:.2f}"
             ink = "#ffffff" if share < 0.55 else "#000000"
             axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=ink)
+    squares = PolyCollection(  # one artist: hundreds of patches take a second each to draw
+        [[(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]],
+        transform=AffineDeltaTransform(axes.transData),
+        offsets=places,
+        offset_transform=axes.transData,
+        facecolors=faces,
+        edgecolors="none",
+    )
+    squares.set_gid(hover_cells(texts))
+    axes.add_collection(squares, autolim=False)
     axes.set_xlim(-0.5, len(lrs) - 0.5)
     axes.set_ylim(-0.5, len(decays) - 0.5)
-    axes.set_xticks(range(len(lrs)), [f"{lr:.2g}" for lr in lrs])
-    axes.set_yticks(range(len(decays)), [f"{decay:.2g}" for decay in decays])
+    axes.set_xticks(*_ticks(lrs))
+    axes.set_yticks(*_ticks(decays))
     axes.grid(False)
     axes.set_xlabel("base LR")
     axes.set_ylabel("base weight decay")
     if ridge is not None:
         _draw_ridge(axes, ridge, lrs, decays)
+
+
+def _ticks(values: Sequence[float]) -> tuple[range, list[str]]:
+    """Return the places of the values to name, and their names."""
+    places = range(0, len(values), math.ceil(len(values) / MOST_TICKS))
+    return places, [f"{values[place]:.2g}" for place in places]
 
 
 def _draw_ridge(axes: Axes, ridge: Ridge, lrs: Sequence[float], decays: Sequence[float]) -> None:

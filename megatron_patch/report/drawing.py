@@ -131,9 +131,9 @@ def hover(name: str, texts: Sequence[str] = ()) -> str:
     return _gid("hover", [name, list(texts)] if texts else [name])
 
 
-def hover_cell(text: str) -> str:
-    """Return what, set as the gid of a patch, makes a text appear while the pointer is on it."""
-    return _gid("cell", [text])
+def hover_cells(texts: Sequence[str]) -> str:
+    """Return what, set as the gid of a collection of one path at many places, makes a text appear on each of them."""
+    return _gid("cells", list(texts))
 
 
 def _gid(kind: str, content: list[Any]) -> str:

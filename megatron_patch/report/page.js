@@ -29,13 +29,12 @@ function points(svg) { // [x, y, text] of all points of all lines, read off thei
   if (svg.points) return svg.points;
   const plots = JSON.parse(svg.dataset.plots);
   svg.points = [];
-  for (const line of svg.querySelectorAll("[data-hover]")) {
+  for (const line of svg.querySelectorAll(".hover")) {
     const [name, texts] = JSON.parse(line.dataset.hover);
     const path = [...line.children].find(child => child.tagName === "path");
     const places = path
       ? [...path.getAttribute("d").matchAll(/[ML] ?(-?[\d.]+) (-?[\d.]+)/g)].map(found => [Number(found[1]), Number(found[2])])
       : [...line.querySelectorAll("use")].map(mark => [Number(mark.getAttribute("x")), Number(mark.getAttribute("y"))]);
-    if (!texts && line.classList.contains("cell")) continue;
     for (const [place, [x, y]] of places.entries()) {
       const [across, up, label] = plots[0];
       const text = texts ? texts[place] : `${label} ${readable(Math.round(value(x, across)))}: ${readable(value(y, up))}`;
@@ -45,9 +44,10 @@ function points(svg) { // [x, y, text] of all points of all lines, read off thei
   return svg.points;
 }
 function show(svg, event) {
-  const cell = event.target.closest("[data-hover]");
-  let text = cell && JSON.parse(cell.dataset.hover)[0];
-  if (!cell) {
+  const cells = event.target.closest(".cells");
+  const drawn = cells ? [...cells.querySelectorAll("use, path:not(defs *)")] : []; // a few cells have a path each
+  let text = cells && JSON.parse(cells.dataset.hover)[drawn.indexOf(event.target)];
+  if (!cells) {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     let nearest = 18; // points of the picture
     for (const [x, y, said] of points(svg)) {

@@ -30,7 +30,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     # Before ids are stripped and prefixed: these are no ids.
-    text = re.sub(r' id="(hover|cell):([^":]*):"', _hover_attribute, buffer.getvalue())
+    text = re.sub(r' id="(hover|cells):([^":]*):"', _hover_attribute, buffer.getvalue())
     text = text[text.index("</defs>") + len("</defs>") : text.rindex("</svg>")]
     text = re.sub(r' id="[^"]*_\d+"| transform="rotate\(-0 [^"]*"|font-family: [^;]*; ', "", text)
     text = re.sub(r' (?:d|x|y)="[^"]*"', _round_numbers, text)

@@ -11,9 +11,11 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.transforms import AffineDeltaTransform
 
-from megatron_patch.report.drawing import _STYLE, INK, LIGHT, Picture, hover, hover_cell, small_figure
+from megatron_patch.report.drawing import _STYLE, INK, LIGHT, Picture, hover, hover_cells, small_figure
 from megatron_patch.report.svg import svg
 
 X, Y = (0.0, 1.0, 2.0, 4.0), (1.0, 3.0, 2.0, 5.0)
@@ -22,15 +24,29 @@ TAG = "{http://www.w3.org/2000/svg}"
 
 
 def draw(axes: Axes) -> None:
-    """A line, marks without a line, and a rectangle; with names."""
+    """A line and marks without a line, with names, and a bar."""
     (line,) = axes.plot(X, Y, color=LIGHT[0])
     line.set_gid(hover(NAME))
     marks = axes.scatter(X, Y, color=LIGHT[1], marker="*")
     marks.set_gid(hover("marks", list("abcd")))
-    (bar,) = axes.bar([3.0], [2.0], color=LIGHT[2])
-    bar.set_gid(hover_cell("cell"))
+    axes.bar([3.0], [2.0], color=LIGHT[2])
     axes.set_xlabel("step")
     axes.set_ylim(0, 6)
+
+
+def draw_cells(axes: Axes, cells: list[tuple[int, int]], texts: list[str]) -> None:
+    """Unit squares around places."""
+    squares = PolyCollection(
+        [[(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]],
+        transform=AffineDeltaTransform(axes.transData),
+        offsets=cells,
+        offset_transform=axes.transData,
+        facecolors=LIGHT[2],
+    )
+    squares.set_gid(hover_cells(texts))
+    axes.add_collection(squares, autolim=False)
+    axes.set_xlim(-0.5, 2.5)
+    axes.set_ylim(-0.5, 3.5)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +141,29 @@ def test_marks_without_a_line_are_uses_with_places(ours: str) -> None:
     assert all(float(use.get("x", "nan")) > 0 and float(use.get("y", "nan")) > 0 for use in uses)
 
 
-def test_a_patch_is_a_group_of_its_own(ours: str) -> None:
-    assert group(ours, "cell").get("class") == "cell"
+@pytest.mark.parametrize("rows", [1, 4])
+def test_cells_are_drawn_in_the_order_of_their_texts(rows: int) -> None:
+    """The page's script looks a text up by the place of the element under the pointer.
+
+    A few have a path each, in the group; of many there is one path in the definitions, used often.
+    """
+    cells = [(x, y) for y in range(rows) for x in range(3)]
+    picture = Picture("", "", lambda axes: draw_cells(axes, cells, [f"cell {place}" for place in range(len(cells))]))
+    text = svg(small_figure(picture), "p0-", "text")
+    found = group(text, "cell 0")
+    assert found.get("class") == "cells"
+    defined = {id(e) for definitions in found.iter("defs") for e in definitions.iter()}
+    drawn = [e for e in found.iter() if e.tag in ("use", "path") and id(e) not in defined]
+    if rows > 1:
+        assert all(e.tag == "use" for e in drawn)
+        centers = [(float(e.get("x", "nan")), float(e.get("y", "nan"))) for e in drawn]
+    else:
+        corners = [re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", e.get("d", "")) for e in drawn]
+        centers = [tuple(np.mean(np.array(corner, dtype=float), axis=0)) for corner in corners]
+    (plots,) = json.loads(unescape(re.findall(r'data-plots="([^"]*)"', text)[0]))
+    for place, (start, end, low, high, _) in enumerate(plots[:2]):
+        read = [low + (center[place] - start) / (end - start) * (high - low) for center in centers]
+        assert read == pytest.approx([cell[place] for cell in cells], abs=0.05)
 
 
 def test_colours_are_lower_case_hex(raw: str, ours: str) -> None:

@@ -123,7 +123,7 @@ def test_a_heat_map_has_a_cell_for_every_pair_and_the_ridge() -> None:
     trials = [Trial(32, 2.0**x, loss(x, y), weight_decay=2.0**y) for x in range(-10, -3) for y in range(-6, 1)]
     (picture,) = heat_maps(study(trials))
     axes = small_figure(picture).axes[0]
-    assert len(axes.patches) == 49
+    assert len(axes.collections[0].get_offsets()) == 49
     assert "Star: fitted optimum, LR 0.00781" in picture.caption
     assert "weight decay goes as LR^-1 " in picture.caption
     star = next(line for line in axes.get_lines() if line.get_marker() == "*")
@@ -317,4 +317,4 @@ def test_a_large_table_makes_a_small_page_in_linear_time(tmp_path: Path) -> None
     optimum = next(iter(found.study.curves.values())).optimum
     assert optimum is not None and optimum.log2_lr == pytest.approx(-6.5, abs=0.1)
     (picture,) = heat_maps(study(table(2000)))
-    assert len(small_figure(picture).axes[0].patches) <= 24 * 24
+    assert len(small_figure(picture).axes[0].collections[0].get_offsets()) <= 24 * 24
