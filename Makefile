@@ -65,6 +65,7 @@ docs: $(VENV)/.docs
 
 bench: setup
 	$(BIN)/python benchmarks/patch_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu_speed.py
 	$(BIN)/python benchmarks/alignment_cost.py
 
 clean:

@@ -300,7 +300,7 @@ def draw_heat_map(axes: Axes, cells: dict[tuple[float, float], Point], ridge: Ri
             axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=ink)
     squares = PolyCollection(  # one artist: hundreds of patches take a second each to draw
         [[(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]],
-        transform=AffineDeltaTransform(axes.transData),
+        transform=AffineDeltaTransform(axes.transData),  # type: ignore[arg-type]
         offsets=places,
         offset_transform=axes.transData,
         facecolors=faces,
