@@ -4,9 +4,9 @@
     python benchmarks/evidence.py collect transfer              # while it trains: add what is finished so far
     python benchmarks/evidence.py left                          # which runs the tables lack
 
-A sweep file configs/evidence/NAME.yaml has its results in docs/evidence/NAME/: `trials.csv`, a table that `megatron-patch
-report` and `transfer` read, and `layers.csv`, what was measured in every layer. A trial of the sweep file that trials.csv
-has is not trained again: remove its line to have it trained.
+A sweep file configs/evidence/NAME.yaml has its results in docs/evidence/NAME/: `trials.csv`, a table that
+`megatron-patch report` and `transfer` read, and `layers.csv`, what was measured in every layer. A trial of the sweep
+file that trials.csv has is not trained again: remove its line to have it trained.
 """
 
 import argparse

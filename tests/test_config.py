@@ -62,6 +62,7 @@ FLAGS = {
     "--reference-factor",
     "--reference-count",
     "--allow-untested-megatron",
+    "--allow-rank-differences",
 }
 
 SQRT = "--width-scaling sqrt --base-hidden-size 32"
@@ -571,7 +572,7 @@ def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
         "--no-scale-output-layer --scale-adam-eps --init-scaling fan-in --extra-warmup exp --extra-warmup-iters 21 "
         "--extra-warmup-scope width-dependent --alignment-interval 22 --alignment-tokens 23 --alignment-layers qkv "
         "--spectral-interval 24 --metrics-dir here --override-width-scaling --cpu "
-        "--reference-run there --reference-factor 2.5 --reference-count 26"
+        "--allow-rank-differences --reference-run there --reference-factor 2.5 --reference-count 26"
     )
     assert set(re.findall("--[a-z-]+", argv)) == FLAGS - {
         "--allow-untested-megatron",

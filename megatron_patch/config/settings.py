@@ -25,6 +25,9 @@ class Settings:
         name="override_width_scaling",
     )
     cpu: bool = option(False, "run on CPU with gloo; refused where CUDA is present")
+    allow_rank_differences: bool = option(
+        False, "train although code, data, versions or arguments are not the same on every rank; they are warned of"
+    )
     allow_untested_megatron: bool = option(False, "try a Megatron version that this package was not tested with")
 
     @classmethod

@@ -12,11 +12,13 @@ from megatron_patch.config import Settings
 from megatron_patch.config.arguments import add_arguments
 from megatron_patch.errors import AuditError
 from megatron_patch.upstream import flags
+from megatron_patch.upstream.agreement import check_agreement
 from megatron_patch.upstream.datasets import skip_compile_helpers
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
 from megatron_patch.upstream.monitor.monitor import AlignmentMonitor, watch
+from megatron_patch.upstream.ranks import collectively
 from megatron_patch.upstream.record import Recorder, writing
-from megatron_patch.upstream.width.planned import PlannedRun, collectively
+from megatron_patch.upstream.width.planned import PlannedRun
 
 _TRAINING = "megatron.training.training"
 
@@ -195,6 +197,9 @@ class _Run:
         self._told: set[str] = set()
 
     def build_optimizer(self, call: Callable[..., Any], config: Any, model: Any, overrides: Any) -> Any:
+        from megatron.training import get_args, print_rank_0
+
+        check_agreement(get_args(), self._settings.allow_rank_differences, print_rank_0)
         self._planned = PlannedRun.build(self._settings, call, config, model, overrides)
         return self._planned.optimizer
 

@@ -10,10 +10,11 @@ from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON
 from megatron_patch.files.run_json import TEST, VALIDATION, RunRecord, Status
 from megatron_patch.files.whole import write_json
 from megatron_patch.metrics.writers import log_scalars
+from megatron_patch.upstream.ranks import collectively, gather, whereabouts
 from megatron_patch.upstream.width.audit import live_groups
 from megatron_patch.upstream.width.classes import live_values, parameter_classes, summary
 from megatron_patch.upstream.width.plan import Plan
-from megatron_patch.upstream.width.planned import PlannedRun, collectively, gather
+from megatron_patch.upstream.width.planned import PlannedRun
 
 
 def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
@@ -33,12 +34,15 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
                 "eps": group.get("eps", plan.hyperparameters[name].eps),
             }
     merged: dict[str, dict[str, float]] = {}
+    first: dict[str, str] = {}
+    """Where the values of each parameter were read."""
     described: dict[str, Any] = {}
-    for rank_specs, rank_live in gather((list(specs.values()), live)):
+    for rank_specs, rank_live, where in gather((list(specs.values()), live, whereabouts())):
         described.update((spec.name, spec) for spec in rank_specs)
         for name, values in rank_live.items():
             if merged.setdefault(name, values) != values:
-                raise AuditError(f"{name} is trained with {merged[name]} on one rank and with {values} on another")
+                raise AuditError(f"{name} is trained with {merged[name]} on {first[name]} and with {values} on {where}")
+            first.setdefault(name, where)
     missing = sorted(set(described) - set(merged))
     if missing:
         raise AuditError(f"{missing[0]} is in no param group of any rank: the optimizer does not train it")

@@ -22,10 +22,11 @@ FLOORS = {
         "what a run writes and a user types: type, writer, reader, constants together", "errors version", "yaml"
     ),
     "config": Floor("our flags as values that know what contradicts what", "errors theory files"),
+    "cluster": Floor("what the hosts of a run have, and whether it is the same"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "upstream": Floor(
         "the hooks: the only place that knows Megatron, DeepSpeed and Transformer Engine",
-        "errors theory files config metrics",
+        "errors theory files config cluster metrics",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron",
     ),

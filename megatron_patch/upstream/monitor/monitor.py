@@ -20,8 +20,8 @@ from megatron_patch.metrics.writers import log_scalars
 from megatron_patch.upstream.monitor.linears import find_linears, routed_layers
 from megatron_patch.upstream.monitor.masters import find_masters, live_hyperparameters
 from megatron_patch.upstream.monitor.sublayers import find_sublayers
+from megatron_patch.upstream.ranks import collectively
 from megatron_patch.upstream.width.parameters import NamedParameter
-from megatron_patch.upstream.width.planned import collectively
 
 
 @dataclass(frozen=True)

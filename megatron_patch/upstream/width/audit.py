@@ -9,6 +9,7 @@ import torch
 from megatron_patch.config import WarmupConfig, WidthConfig, options_of
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.upstream.hooks import after, before
+from megatron_patch.upstream.ranks import gather
 from megatron_patch.upstream.width.groups import TOLERANCE, identifier
 from megatron_patch.upstream.width.plan import Plan
 
@@ -168,22 +169,6 @@ def _compare(name: str, rule: str, live: Mapping[str, float], expected: Mapping[
             )
 
 
-def agree_on_errors(error: Exception | None) -> None:
-    """Raise on every rank if the audit failed on any, so that no rank waits for a peer that has stopped.
-
-    Raises:
-        AuditError: with the first failing rank's message.
-    """
-    if torch.distributed.is_initialized():
-        messages: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(messages, None if error is None else str(error))
-        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
-        if failed:
-            raise AuditError(f"rank {failed[0][0]}: {failed[0][1]}")
-    elif error is not None:
-        raise error
-
-
 def check_checkpoint(saved: Any, args: Any, plan: Plan, weights_only: bool, in_groups: bool = False) -> str | None:
     """Compare the checkpoint's arguments with this run's before anything of it is loaded; a collective call.
 
@@ -234,11 +219,7 @@ def changes_nothing(plan: Plan, args: Any) -> bool:
     """
     warmed = args.extra_warmup != "none" and args.base_hidden_size != args.hidden_size
     ours = not warmed and not any(plan.override_keys.values())
-    everyone: list[Any] = [ours]
-    if torch.distributed.is_initialized():
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, ours)
-    return all(everyone)
+    return all(gather(ours))
 
 
 def _refuse_or_override(args: Any, changes: str, in_groups: bool) -> None:

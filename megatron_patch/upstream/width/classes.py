@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.theory.width import Multipliers
+from megatron_patch.upstream.ranks import gather
 from megatron_patch.upstream.width.audit import live_groups
 from megatron_patch.upstream.width.groups import trains_with
 from megatron_patch.upstream.width.plan import Hyperparameters, Plan
-from megatron_patch.upstream.width.planned import gather
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron_patch.config import Settings
 from megatron_patch.errors import AuditError
+from megatron_patch.upstream.ranks import collectively, gather
 from megatron_patch.upstream.width.audit import (
     adopt_live_groups,
-    agree_on_errors,
     audit_build,
     audit_groups,
     audit_schedule,
@@ -24,15 +22,6 @@ from megatron_patch.upstream.width.plan import (
     initialise_by_fan_in,
     make_plan,
 )
-
-
-def gather(value: Any) -> list[Any]:
-    """Return the values of all ranks; a collective call, where there are several."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
 
 
 @dataclass(frozen=True)
@@ -114,22 +103,6 @@ class PlannedRun:
             audit_schedule(self.plan, optimizer, scheduler)
 
         collectively(both)
-
-
-def collectively[Result](step: Callable[[], Result]) -> Result:
-    """Return what `step` does; if it raises on any rank, raise on all.
-
-    Raises:
-        AuditError: of `step`, on this rank or another; as well for its ValueError, where there are several ranks.
-    """
-    result: list[Result] = []
-    error = None
-    try:
-        result.append(step())
-    except (AuditError, ValueError) as caught:
-        error = caught
-    agree_on_errors(error)
-    return result[0]
 
 
 def _make_plan(settings: Settings, config: Any, model: Any) -> Plan:

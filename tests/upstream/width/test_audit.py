@@ -1,5 +1,6 @@
 """The audit reads the live optimizer, so it must notice whatever somebody does to a param group after it was built."""
 
+import socket
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ ARGV = (
     f"{LLAMA_STYLE} --ffn-hidden-size 96 --kv-channels 24 --width-scaling sqrt --base-hidden-size 16 "
     "--base-ffn-hidden-size 32 --base-kv-projection-size 48"
 ).split()
+HOST = socket.gethostname()
 FC2, PROJ = "decoder.layers.0.mlp.linear_fc2.weight", "decoder.layers.0.self_attention.linear_proj.weight"
 
 
@@ -147,7 +149,7 @@ def test_one_rank_that_differs_stops_all_of_them(pool: Pool):
     assert sorted(caught.value.errors) == [0, 1]
     for text in caught.value.errors.values():
         last = text.strip().splitlines()[-1]
-        assert last.startswith("megatron_patch.errors.AuditError: rank 1: decoder.layers.0.")
+        assert last.startswith(f"megatron_patch.errors.AuditError: rank 1 on {HOST}: decoder.layers.0.")
         assert "has max_lr = 0.25, but --width-scaling sqrt gives 0.005" in last
 
 
@@ -174,7 +176,7 @@ def test_a_plan_that_fails_on_one_rank_stops_all_of_them(pool: Pool):
         pool.run(fail_to_plan_on_one_rank, ranks=2)
     assert sorted(caught.value.errors) == [0, 1]
     for text in caught.value.errors.values():
-        assert f"AuditError: rank 1: {FC2} has the global fan-in 96" in text
+        assert f"AuditError: rank 1 on {HOST}: {FC2} has the global fan-in 96" in text
 
 
 def disagree(argv: list[str]) -> str:

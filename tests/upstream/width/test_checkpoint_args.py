@@ -28,6 +28,7 @@ NOT_RESTORED = {
     "override_width_scaling",
     "cpu",
     "allow_untested_megatron",
+    "allow_rank_differences",
 }
 
 

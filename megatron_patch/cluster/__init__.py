@@ -1,0 +1,1 @@
+"""What the hosts of a run have, and whether it is the same."""
