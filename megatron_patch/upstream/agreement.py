@@ -58,7 +58,7 @@ def check_agreement(args: Any, allow: bool, say: Callable[[str], None]) -> None:
             say(f"WARNING: the ranks differ in {item}: {got}")
         return
     differ = "; ".join(f"{item} ({got})" for item, got in found)
-    raise ConfigError("the ranks", f"differ in {differ}", "none", f"make them the same, or add {ALLOW}")
+    raise ConfigError("the ranks", f"differ in {differ}", "none", f"repair what differs, or add {ALLOW}")
 
 
 def facts(args: Any) -> dict[str, str]:

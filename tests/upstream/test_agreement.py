@@ -183,7 +183,7 @@ def test_a_difference_stops_every_rank(
     pool: Pool, tmp_path: Path, difference: Callable[..., None], expected: str
 ) -> None:
     said = check(pool, tmp_path, difference)
-    end = ": expected none; make them the same, or add --allow-rank-differences"
+    end = ": expected none; repair what differs, or add --allow-rank-differences"
     assert re.fullmatch(f"the ranks differ in {expected}{end}", said), said
 
 
