@@ -1,9 +1,11 @@
 """What a width rule does not cover: comparing the proxy's training with the target's."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.config.sizes import chosen_by_megatron
 from megatron_patch.files.yaml_flags import attributes
 from megatron_patch.runs.trial import Trial
 
@@ -106,6 +108,9 @@ def _values(a: Mapping[str, Any]) -> dict[str, Any]:
         "kv_lora_rank",
     ):
         found[name] = a.get(name)
+    if hidden and math.isfinite(hidden):
+        left_out = [name for name in ("ffn_hidden_size", "moe_ffn_hidden_size") if found[name] is None]
+        found |= chosen_by_megatron(a, left_out, int(hidden), found["ffn_hidden_size"])
     if a.get("multi_latent_attention"):
         value = _number(get("v_head_dim", 128))
         found["head size"], found["kv_projection_size"] = value, round(value * heads) if value and heads else None

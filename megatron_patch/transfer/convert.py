@@ -123,8 +123,12 @@ def classes(flags: Mapping[str, Any]) -> list[ClassValue]:
 
     found = [value("embedding", "embeddings", 1.0), value("vector", "gains, biases", 1.0)]
     by_m: dict[float, list[str]] = {m: ["fan-in hidden size"]}
+    bases: dict[str, Any] = dict(width.base_dimensions)
+    if flags.get("ffn-hidden-size") is None:  # at the proxy's width, too, it is what Megatron makes of this config
+        at_base = Training.of_flags({**flags, "hidden-size": width.base_hidden_size}).values
+        bases.setdefault("ffn_hidden_size", at_base.get("ffn_hidden_size"))
     for dimension, layer in _FAN_INS.items():
-        base, size = width.base_dimensions.get(dimension), sizes.get(dimension)
+        base, size = bases.get(dimension), sizes.get(dimension)
         by_m.setdefault(float(size) / base if base and size else m, []).append(layer)
     found += [value("matrix", ", ".join(layers), own) for own, layers in by_m.items()]
     if flags.get("untie-embeddings-and-output-weights"):

@@ -295,13 +295,13 @@ def _other_bases(
     used: Sequence[Trial], target: Mapping[str, Any], proxy: Mapping[str, Any] | None, width: int
 ) -> dict[str, Change]:
     """The proxy's other fan-ins, where they are known."""
-    known = Training.of_proxy(used, proxy).values
+    known, own = Training.of_proxy(used, proxy).values, Training.of_flags(target).values
     changes = {}
     for name in BASE_DIMENSIONS:
         key = "base-" + name.replace("_", "-")
         value = known.get(name)
         dense = name != "ffn_hidden_size" or not target.get("num-experts")
-        asked = key in target or name.replace("_", "-") in target or name == "kv_projection_size"
+        asked = key in target or own.get(name) is not None
         if isinstance(value, int) and asked and (dense or key in target):
             changes[key] = Change(value, f"the proxy's: {BASE_DIMENSIONS[name].partition(',')[0]}")
         elif key in target and target.get("base-hidden-size") != width:

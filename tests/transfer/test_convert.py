@@ -82,6 +82,35 @@ def test_round_trip_through_explain(convert: Any, pool: Pool, tmp_path: Path) ->
     assert matrix[1:] == (16, pytest.approx(said["lr"] / 4), pytest.approx(0.4)), "sqrt: 16^-1/2 and 16^1/2"
 
 
+def test_an_mlp_that_is_left_to_megatron_is_what_megatron_makes_of_it(pool: Pool, tmp_path: Path) -> None:
+    """SwiGLU: 8h/3 in whole multiples of 64, 512 at width 192 and 128 at 64, so that m is 4 where the widths' is 3."""
+    config = tmp_path / "target.yaml"
+    config.write_text(
+        "hidden-size: 192\nnum-attention-heads: 4\nnum-layers: 2\nswiglu: true\nseq-length: 64\n"
+        "max-position-embeddings: 64\nmicro-batch-size: 1\ntrain-iters: 10\nlr: 0.01\nweight-decay: 0.1\n"
+        "width-scaling: sqrt\nbase-hidden-size: 64\ntokenizer-type: NullTokenizer\nvocab-size: 255\n"
+        "untie-embeddings-and-output-weights: true\nposition-embedding-type: rope\nmock-data: true\n"
+    )
+    command = ["--config", str(config), "--json"]
+    ended = pool.run(explain_one, distributed=False, command=command, folder=str(tmp_path))[0]
+    found = {(g["class"], g["m"]) for g in json.loads(ended)["groups"]}
+    told = {(c.role, c.m) for c in classes(load_yaml(str(config)))}
+    assert told == found
+    assert ("matrix", 4.0) in told and ("matrix", 3.0) in told
+
+
+def test_the_proxys_mlp_is_the_base_where_the_target_leaves_its_own_to_megatron(convert: Any, tmp_path: Path) -> None:
+    """The run would derive it from the command line, as if the proxy had left it out too."""
+    target = MINIMAL.replace("128", "192") + "swiglu: true\nwidth-scaling: sqrt\nweight-decay: 0.3\n"
+    (tmp_path / "s.csv").write_text("hidden_size,lr,loss\n" + "".join(f"32,{t.lr},{t.loss}\n" for t in curve()))
+    (tmp_path / "proxy.yaml").write_text("hidden-size: 32\nffn-hidden-size: 96\nswiglu: true\n")
+    code, _, _ = convert(tmp_path / "s.csv", target, "--proxy", tmp_path / "proxy.yaml", "--force")
+    assert code == 0
+    flags = load_yaml(str(tmp_path / "out.yaml"))
+    assert flags["base-ffn-hidden-size"] == 96
+    assert 512 / 96 in {c.m for c in classes(flags)}
+
+
 def explain_one(command: list[str], folder: str) -> str:
     """Runs in a process of its own; returns what `explain` printed."""
     import contextlib
