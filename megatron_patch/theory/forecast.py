@@ -4,9 +4,9 @@ What is tuned on a proxy is how fast features change: the relative representatio
 step. A wider model is expected to do best where the mean of its log over the run is the proxy's. Two models give it:
 
 - the weight-norm model (arXiv 2510.19093, eqs. 30 and 36) the relative update, `b eta_t / rho_t`;
-- the noise model (eq. 27) the update alignment alpha_dW. The weight alignment is that of what W is made of (derived):
-  a part f_t of its squared norm is still the initial weights, aligned with their inputs by chance, alpha^2 = 1/C; the rest
-  is past updates, which are as aligned as the present one: `alpha_W^2 = f_t / C + (1 - f_t) alpha_dW^2`.
+- the noise model (eq. 27) the update alignment alpha_dW. The weight alignment is that of what W is made of (derived).
+  A part f_t of its squared norm is still the initial weights, aligned with their inputs by chance, alpha^2 = 1/C; the
+  rest is past updates, which are as aligned as the present one: `alpha_W^2 = f_t / C + (1 - f_t) alpha_dW^2`.
 
 So `RRC_t = alpha_dW / alpha_W * b eta_t / rho_t`. docs/evidence.md holds the forecast against runs.
 """
