@@ -8,13 +8,16 @@ on the side of high LRs, so two allowances are made. Both are choices (`assumed`
   that points far up the slope have little say.
 """
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
+from threadpoolctl import ThreadpoolController
 
 Array = NDArray[np.float64]
 
@@ -42,6 +45,23 @@ ROUNDS = 5
 """In which outliers among many measurements are looked for."""
 AT_ONCE = 2_000_000
 """Random numbers of the bootstrap that are in memory together."""
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _in_one_thread[**Given, Result](function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Keep linear algebra to one thread: its matrices are small, and threads that wait for each other took 100 times
+    as long as the sums, on a busy machine."""
+
+    @functools.wraps(function)
+    def alone(*args: Given.args, **named: Given.kwargs) -> Result:
+        with _libraries().limit(limits=1, user_api="blas"):
+            return function(*args, **named)
+
+    return alone
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,7 @@ def _fit(x: Array, y: Array, highest: int | None = None) -> _Fit:
     return _Fit(center, solve, scale, coefficients, residuals / sigma, sigma, freedom + replicates + 1, means.min())
 
 
+@_in_one_thread
 def fit(x: Array, y: Array, *, seed: int = 0) -> Surface | None:
     """Fit the loss near its minimum; None without a minimum within reach that stands out of the noise.
 
@@ -209,6 +230,7 @@ def fit(x: Array, y: Array, *, seed: int = 0) -> Surface | None:
     return Surface(at[0] + found.center, value, hessian[0], found.sigma, found.freedom, draws)
 
 
+@_in_one_thread
 def outliers(x: Array, y: Array) -> list[int]:
     """Return the measurements that do not fit the others, by Rosner's generalised ESD test (Technometrics 1983).
 

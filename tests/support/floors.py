@@ -31,7 +31,9 @@ FLOORS = {
         "torch packaging megatron",
     ),
     "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
-    "fit": Floor("where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy scipy"),
+    "fit": Floor(
+        "where a loss is lowest, and what that says of transfer", "errors theory runs", "numpy scipy threadpoolctl"
+    ),
     "data": Floor(
         "from text to tokens",
         "errors files upstream",
