@@ -5,6 +5,7 @@ Nothing here imports Megatron; DeepSpeed and transformers are recognised, and im
 
 from megatron_patch.plain.audit import Audited, audit
 from megatron_patch.plain.groups import summary, width_groups
+from megatron_patch.plain.meter import AlignmentMeter, Measured
 from megatron_patch.plain.warmup import ExtraWarmup
 
-__all__ = ["Audited", "ExtraWarmup", "audit", "summary", "width_groups"]
+__all__ = ["AlignmentMeter", "Audited", "ExtraWarmup", "Measured", "audit", "summary", "width_groups"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_patch.errors import AuditError
 from megatron_patch.plain.groups import Planned, WidthPlan, planned, summary
-from megatron_patch.plain.live import LiveGroup, is_engine, live_groups, stepping_optimizer
+from megatron_patch.plain.live import LiveGroup, decay_is_coupled, is_engine, live_groups, stepping_optimizer
 
 TOLERANCE = 1e-9
 """Relative: the live values are the planned ones up to the rounding of a few float64 products."""
@@ -94,19 +94,11 @@ def _require_planned(groups: Sequence[LiveGroup]) -> WidthPlan:
 def _require_decoupled(optimizer: Any, groups: Sequence[LiveGroup]) -> None:
     """Weight decay added to the gradient is divided by Adam's denominator: the shrink is not lr * weight decay."""
     inner = stepping_optimizer(optimizer)
-    name = type(inner).__name__
     for number, (group, _) in enumerate(groups):
-        coupled = (
-            name in ("SGD", "Adagrad", "RMSprop", "Adamax", "ASGD", "Rprop")
-            or (name in ("Adam", "NAdam", "RAdam") and not group.get("decoupled_weight_decay", False))
-            or not getattr(inner, "adam_w_mode", True)
-        )
-        if name == "FusedAdam":
-            coupled = not inner.adam_w_mode
-        if coupled and group["weight_decay"] != 0:
+        if group["weight_decay"] != 0 and decay_is_coupled(inner, group):
             raise AuditError(
-                f"{_called(number, group)}: weight_decay {group['weight_decay']:g} of {name} is added to the gradient, "
-                "where AdamW shrinks the weights by lr * weight_decay, which the rules count on; use AdamW"
+                f"{_called(number, group)}: weight_decay {group['weight_decay']:g} of {type(inner).__name__} is added "
+                "to the gradient, where AdamW shrinks the weights by lr * weight_decay, as the rules expect; use AdamW"
             )
 
 

@@ -63,3 +63,18 @@ def live_groups(optimizer: Any) -> Iterator[LiveGroup]:
             f"the optimizer {type(inner).__module__}.{type(inner).__qualname__} keeps its parameters in a way that is "
             "not known; use a torch optimizer, or DeepSpeed with ZeRO stage 1, 2 or 3"
         )
+
+
+def decay_is_coupled(optimizer: Any, group: dict[str, Any]) -> bool:
+    """Return whether a torch optimizer adds the weight decay to the gradient, where AdamW shrinks the weights.
+
+    Args:
+        optimizer: what `stepping_optimizer` returns.
+        group: one of its live groups.
+    """
+    name = type(optimizer).__name__
+    if hasattr(optimizer, "adam_w_mode"):  # DeepSpeed's FusedAdam and DeepSpeedCPUAdam
+        return not optimizer.adam_w_mode
+    if name in ("Adam", "NAdam", "RAdam"):
+        return not group.get("decoupled_weight_decay", False)
+    return name in ("SGD", "Adagrad", "RMSprop", "Adamax", "ASGD", "Rprop", "Adadelta")

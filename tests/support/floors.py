@@ -32,8 +32,8 @@ FLOORS = {
     ),
     "plain": Floor(
         "rules, warmups, audit and metrics for any torch model: DDP, FSDP2, DeepSpeed's engine; without Megatron",
-        "errors theory",
-        "torch",
+        "errors theory metrics",
+        "torch deepspeed",
     ),
     "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
     "fit": Floor(
