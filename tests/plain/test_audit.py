@@ -1,6 +1,7 @@
 """The audit finds every way in which an optimizer does not hold what was planned."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.optim import lr_scheduler as schedulers
 from megatron_patch.errors import AuditError
 from megatron_patch.plain import ExtraWarmup, audit, width_groups
 from tests.support.plain_models import mixed, proxy
+from tests.support.plain_training import batch, initialised_engine
+from tests.support.pool import Pool
 
 PLAN: dict[str, Any] = {"rule": "independent", "lr": 0.01, "weight_decay": 0.1}
 
@@ -145,3 +148,101 @@ def test_parameters_of_two_plans_are_found() -> None:
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(AuditError, match="keeps its parameters in a way that is not known"):
         audit(object())
+
+
+FLAT = {
+    "WarmupDecayLR": {"total_num_steps": 10, "warmup_num_steps": 4},
+    "WarmupLR": {"warmup_max_lr": 0.01, "warmup_num_steps": 4},
+    "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01},
+}
+KEEPS = {
+    "WarmupLR": {"warmup_num_steps": 4},
+    "WarmupCosineLR": {"total_num_steps": 10, "warmup_num_steps": 4},
+}
+
+
+def said_of(stage: int, config: dict[str, Any], steps: int) -> str:
+    """What the audit says of an engine before each step and at the end; empty if nothing."""
+    model = mixed()
+    engine = initialised_engine(model, groups(model), stage, config=config)
+    said = []
+    for step in range(steps + 1):
+        if step:
+            engine.backward(engine(batch(step)).square().mean())
+            engine.step()
+        try:
+            audit(engine)
+        except AuditError as error:
+            said.append(str(error))
+    return "\n".join(said)
+
+
+def engines(stage: int) -> dict[str, str]:
+    """All of that in one process, by the name of the case."""
+    said = {f"flat {n}": said_of(stage, {"scheduler": {"type": n, "params": p}}, 0) for n, p in FLAT.items()}
+    said |= {f"keeps {n}": said_of(stage, {"scheduler": {"type": n, "params": p}}, 3) for n, p in KEEPS.items()}
+    for name, params in (
+        ("none", {}),
+        ("same", {"lr": 0.01, "weight_decay": 0.1}),
+        ("lr", {"lr": 0.02}),
+        ("weight_decay", {"lr": 0.01, "weight_decay": 0.77}),
+    ):
+        config = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, **params}}}
+        said[f"block {name}"] = said_of(stage, config, 1)
+    model = mixed()
+    engine = initialised_engine(model, groups(model), stage)
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    with pytest.raises(AuditError) as caught:
+        audit(engine)
+    return {**said, "lost": str(caught.value)}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeeds_engine(stage: int, pool: Pool) -> None:
+    (said,) = pool.run(engines, stage=stage, env={"DS_ACCELERATOR": "cpu"})
+    assert "the peak LR of WarmupDecayLR = 0.001, but the plan gives 0.01: a sched" in said.pop("flat WarmupDecayLR")
+    assert said.pop("flat WarmupLR").startswith("group 2 (matrix_m4), fc1.weight: the optimizer has the peak LR of")
+    assert said.pop("flat OneCycle").startswith("group 2 (matrix_m4), fc1.weight: the optimizer has the peak LR of")
+    assert said.pop("block lr").startswith("the block optimizer of DeepSpeed's config has lr = 0.02, but width_groups")
+    assert said.pop("block weight_decay").startswith(
+        "the block optimizer of DeepSpeed's config has weight_decay = 0.77"
+    )
+    assert said.pop("lost").startswith("group 1 (embedding), embedding.weight: the optimizer has weight_decay = 0, but")
+    assert said == dict.fromkeys(said, "")
+    assert len(said) == 4
+
+
+def resumed(folder: str) -> bool:
+    """Whether an engine with an extra warmup goes on from its checkpoint as if it had never stopped."""
+
+    def build() -> Any:
+        model = mixed()
+        planned = groups(model)
+        optimizer = torch.optim.AdamW(planned)
+        schedule = schedulers.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 4))
+        warmup = ExtraWarmup(schedule, "decay-away", m=4, weight_decay=0.1)
+        return initialised_engine(model, planned, 2, optimizer=optimizer, lr_scheduler=warmup)
+
+    def go_on(engine: Any, steps: range) -> list[Any]:
+        seen = []
+        for step in steps:
+            seen.append([group["lr"] for group in engine.optimizer.param_groups])
+            engine.backward(engine(batch(step)).square().mean())
+            engine.step()
+            audit(engine)
+        return [seen, [p.detach().clone() for p in engine.module.parameters()]]
+
+    straight = build()
+    go_on(straight, range(3))
+    straight.save_checkpoint(folder, tag="three")
+    lrs, weights = go_on(straight, range(3, 6))
+    engine = build()
+    engine.load_checkpoint(folder, tag="three")
+    audit(engine)
+    lrs_again, weights_again = go_on(engine, range(3, 6))
+    return lrs == lrs_again and all(torch.equal(a, b) for a, b in zip(weights, weights_again, strict=True))
+
+
+def test_deepspeeds_engine_resumes_an_extra_warmup(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(resumed, folder=str(tmp_path), env={"DS_ACCELERATOR": "cpu"}) == [True]
