@@ -20,11 +20,11 @@ def base_fan_ins(
     Args:
         parameters: of the model to train.
         base: a model of the proxy's width, best on the meta device; or fan-ins by parameter or module name, or by
-            pattern, where ``*`` stands for anything.
+            pattern, where ``*`` stands for anything: the name first, then the first pattern that matches.
         classes: what a user said of parameters of modules that are not known; here for those of `base`.
 
     Raises:
-        ConfigError: a weight without a counterpart, or with several that differ; a name that fits no weight.
+        ConfigError: a weight without a counterpart, or with several that differ; a name or pattern of no use.
     """
     scaled = [p for p in parameters if p.role in ("matrix", "output")]
     return _of_model(scaled, base, classes) if isinstance(base, nn.Module) else _of_mapping(scaled, base)
@@ -65,17 +65,20 @@ def _of_mapping(scaled: Sequence[Classified], base: Mapping[str, float]) -> dict
     for p in scaled:
         names = (p.name, p.name.removesuffix(".weight"))
         keys = [key for key in base if key in names] or [k for k in base if any(fnmatchcase(n, k) for n in names)]
-        unused -= set(keys)
-        if len({base[key] for key in keys}) != 1:
+        if not keys:
             raise ConfigError(
                 "base",
-                f"has {' and '.join(map(repr, keys)) or 'nothing'} for {p.name}",
-                "one fan-in for every weight of the model",
-                "give the proxy's fan-in for this name, or for a pattern that matches it",
+                f"has nothing for {p.name}",
+                "a fan-in for every weight that the rule scales",
+                "give the proxy's for this name, or for a pattern that matches it",
             )
+        unused.discard(keys[0])
         found[p.name] = float(base[keys[0]])
     for key in sorted(unused):
         raise ConfigError(
-            f"base[{key!r}]", base[key], "a name or pattern of a weight that the rule scales", "drop it or correct it"
+            f"base[{key!r}]",
+            base[key],
+            "a name or pattern of a weight that the rule scales, and that no earlier pattern matches",
+            "drop it, correct it, or put it before wider patterns",
         )
     return found

@@ -83,7 +83,7 @@ def width_groups(
         rule: none, standard, independent, sqrt, sqrt-decay, no-decay or custom.
         lr, weight_decay: the peak LR and the weight decay of the base model, in AdamW's convention.
         base: the proxy, as a module (``with torch.device("meta")`` it costs nothing), or its fan-ins by parameter name
-            or pattern: ``{"layers.*.down_proj": 512, "*": 128}``. Required by any rule but none.
+            or pattern, the first that matches: ``{"*.down_proj": 512, "*": 128}``. Required by any rule but none.
         vector_lr: peak LR of embeddings, gains and biases; None: `lr`.
         embedding_weight_decay: weight decay of embeddings; None: what the rule says.
         output: name of the output layer; "auto" recognises it (Hugging Face's, a tied one, the usual names); None:

@@ -69,7 +69,7 @@ def classify(
     Args:
         model: wrapped or not, on any device.
         output: name of the module that is the output layer; "auto" recognises it; None: there is none.
-        classes: what a user says, by parameter name or pattern (``*`` stands for anything); it comes first.
+        classes: what a user says, by parameter name, or by pattern, of which the first that matches counts.
 
     Raises:
         ConfigError: a parameter in a module that is not known; no output layer, or several; a name that fits nothing.
@@ -204,8 +204,8 @@ class _Given:
         """Return what was said of a parameter, by any of its names; an exact name before the first pattern."""
         exact = [name for name in names if name in self._classes]
         patterns = [p for p in self._classes if any(fnmatchcase(name, p) for name in names)]
-        self._unused -= {*exact, *patterns}
         for key in (exact + patterns)[:1]:
+            self._unused.discard(key)
             role, dims = self._classes[key]
             if role != "vector" and not dims:
                 dims = (len(shape) - 1,) if len(shape) == 2 and role == "embedding" else ()
@@ -226,7 +226,7 @@ class _Given:
             raise ConfigError(
                 f"classes[{pattern!r}]",
                 self._classes[pattern][0],
-                "a name or pattern of a trainable parameter",
+                "a name or pattern of a trainable parameter, and that no earlier pattern matches",
                 "see model.named_parameters()",
             )
 

@@ -49,7 +49,7 @@ def test_every_parameter_gets_what_its_own_fan_in_says(rule: str) -> None:
 
 
 def test_a_base_of_names_and_patterns_is_the_same_as_a_model() -> None:
-    base = {"*": 4, "fc2": 8, "mixing.weight": 12, "depthwise": 6, "back": 4}
+    base = {"fc*": 8, "fc1": 4, "mixing.weight": 12, "depth*": 6, "*": 4}
     for rule in ("sqrt", "independent"):
         of_names = by_name(width_groups(mixed(), rule=rule, base=base, **BASE))
         of_model = by_name(width_groups(mixed(), rule=rule, base=proxy(), **BASE))
@@ -198,9 +198,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "custom", "lr_exponent": 1.0}, "wd_exponent not given: expected a number with rule='custom'"),
     ({"rule": "custom", "lr_exponent": 1.0, "wd_exponent": 9.0}, "wd_exponent 9.0: expected a number between -4 and 4"),
     ({"base": None}, "base not given: expected the proxy that rule='sqrt' compares with"),
-    ({"base": {"fc1": 4}}, "base has nothing for fc2.weight: expected one fan-in for every weight"),
+    ({"base": {"fc1": 4}}, "base has nothing for fc2.weight: expected a fan-in for every weight"),
     ({"base": {"*": 4, "nothing": 4}}, "base['nothing'] 4: expected a name or pattern of a weight"),
-    ({"base": {"*": 4, "fc*": 8}}, "base has '*' and 'fc*' for fc1.weight: expected one fan-in"),
+    ({"base": {"*": 4, "fc*": 8}}, "base['fc*'] 8: expected a name or pattern of a weight that the rule scales, and"),
     ({"base": {"*": 0}}, "base['*'] 0: expected a positive number"),
     ({"base": nn.Linear(4, 4)}, "base has no such parameter for fc1.weight"),
     ({"output": "last"}, "output last: expected the name of a module of the model"),
