@@ -36,7 +36,7 @@ def _numberless(name: str) -> str:
 
 def _of_model(scaled: Sequence[Classified], base: nn.Module, classes: Mapping[str, Class] | None) -> dict[str, float]:
     """By the same name; a deeper model's further layers by the name without numbers, where all of the base agree."""
-    theirs = classify(base, None, classes)
+    theirs = classify(base, None, classes, all_used=False)  # it may have fewer layers
     exact = {p.name: p.fan_in for p in theirs if p.role != "vector"}
     alike: dict[str, set[int]] = {}
     for name, fan_in in exact.items():

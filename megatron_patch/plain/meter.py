@@ -18,7 +18,7 @@ from megatron_patch.metrics.registry import Registry
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Group, group_size
 from megatron_patch.plain.layers import Step, find_layers, not_measured
-from megatron_patch.plain.live import decay_is_coupled, is_engine, live_groups, stepping_optimizer
+from megatron_patch.plain.live import decay_is_coupled, inner_optimizer, is_engine, live_groups, stepping_optimizer
 
 _ADDED = ("weight", "update", "weight_output", "update_output")
 """What is summed over the groups of a convolution. The others are the same for each, and top singular values' largest
@@ -85,8 +85,7 @@ class AlignmentMeter:
         self._read_hyperparameters()
         self._require_equal_replicas()
         self._counted = 0
-        if self._engine is None:
-            stepping_optimizer(self._optimizer).register_step_post_hook(self._count)
+        self._handle: Any = None
         self._begun: tuple[int, int] | None = None
         """Iteration, and steps made before it, while a step is measured."""
         views = [layer.view for layer in self._layers]
@@ -116,6 +115,8 @@ class AlignmentMeter:
         with torch.no_grad():
             for layer in self._layers:
                 self._step.old[layer.row.layer] = layer.read().clone()
+        if self._engine is None and self._handle is None:
+            self._handle = stepping_optimizer(self._optimizer).register_step_post_hook(self._count)
         self._begun = iteration, self._made()
         self._meter.begin(Sample(iteration, self._tokens))
 
@@ -162,6 +163,9 @@ class AlignmentMeter:
 
     def _forget(self) -> None:
         self._begun = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         self._step.old = {}
         self._meter.probes.detach()
         self._meter.probes.captured = {}
@@ -249,12 +253,8 @@ def _checked_optimizer(engine: Any, optimizer: Any) -> Any:
         return engine
     if optimizer is None:
         raise ConfigError("optimizer", None, "the optimizer, beside any model but DeepSpeed's engine", "give it")
-    try:
-        torch_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-        inner = stepping_optimizer(optimizer)
-    except AttributeError:
-        inner = None
-    if torch_optimizer is None or not isinstance(inner, torch.optim.Optimizer):
+    # ZeRO steps parts of its optimizer one by one: only its engine knows what an optimizer step is.
+    if not isinstance(inner_optimizer(optimizer), torch.optim.Optimizer):
         raise ConfigError(
             "optimizer",
             type(optimizer).__name__,

@@ -62,7 +62,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def classify(
-    model: nn.Module, output: str | None = "auto", classes: Mapping[str, Class] | None = None
+    model: nn.Module,
+    output: str | None = "auto",
+    classes: Mapping[str, Class] | None = None,
+    all_used: bool = True,
 ) -> list[Classified]:
     """Return every trainable parameter with its class and fan-in, in the order of `named_parameters`.
 
@@ -70,6 +73,7 @@ def classify(
         model: wrapped or not, on any device.
         output: name of the module that is the output layer; "auto" recognises it; None: there is none.
         classes: what a user says, by parameter name, or by pattern, of which the first that matches counts.
+        all_used: whether every entry of `classes` has to be of use.
 
     Raises:
         ConfigError: a parameter in a module that is not known; no output layer, or several; a name that fits nothing.
@@ -102,7 +106,17 @@ def classify(
         fan_in = math.prod(shape[d] for d in dims) if role != "vector" else 1
         tied = role == "embedding" and any(prefix == last for prefix, _, _ in places)
         found.append(Classified(name, parameter, shape, role, fan_in, tied))
-    given.require_used()
+    if all_used:
+        given.require_used()
+    names = [p.name for p in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(
+            "model",
+            f"with two parameters called {twice}",
+            "names that differ when those of wrappers (module, _orig_mod, ...) are taken away",
+            "rename the submodule that is called like a wrapper",
+        )
     if unknown:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", unknown[0].split()[0])
         raise ConfigError(

@@ -1,5 +1,7 @@
 """Which LR and weight decay each parameter of a torch model gets, against tables worked out by hand."""
 
+import ast
+import re
 import subprocess
 import sys
 from typing import Any
@@ -185,6 +187,33 @@ def test_unknown_modules_are_named_and_can_be_classified() -> None:
     found = by_name(width_groups(model(8), rule="sqrt", base=model(2), output=None, classes=classes, **BASE))
     assert (found["layers.1.up"]["m"], found["layers.1.up"]["lr"]) == (4.0, 0.005)
     assert (found["layers.1.table"]["class"], found["layers.1.table"]["lr"]) == ("embedding", 0.01)
+    shallow = nn.ModuleDict({"layers": nn.ModuleList([Expert(2)])})
+    classes = {"layers.1.up": "vector", **classes}
+    found = by_name(width_groups(model(8), rule="sqrt", base=shallow, output=None, classes=classes, **BASE))
+    assert (found["layers.0.up"]["class"], found["layers.1.up"]["class"]) == ("matrix", "vector")
+
+
+def test_experts_of_transformers_as_the_page_classifies_them() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def mixtral(width: int) -> nn.Module:
+        with torch.device("meta"):
+            return MixtralForCausalLM(
+                MixtralConfig(
+                    hidden_size=width,
+                    intermediate_size=3 * width,
+                    num_hidden_layers=1,
+                    num_attention_heads=4,
+                    num_key_value_heads=4,
+                    num_local_experts=2,
+                )
+            )
+
+    (text,) = re.findall(r'`(\{"\*\.experts[^`]*"matrix", 1\)\})`', (ROOT / "docs/plain.md").read_text())
+    groups = width_groups(mixtral(64), rule="sqrt", base=mixtral(16), classes=ast.literal_eval(text), **BASE)
+    found = by_name(groups)
+    for name in ("experts.gate_up_proj", "experts.down_proj", "gate.weight"):
+        assert (found[f"model.layers.0.mlp.{name}"]["class"], found[f"model.layers.0.mlp.{name}"]["m"]) == ("matrix", 4)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -232,6 +261,18 @@ def test_flattened_parameters_are_refused() -> None:
     model.fc1.weight = nn.Parameter(model.fc1.weight.detach().flatten())
     with pytest.raises(ConfigError, match="FullyShardedDataParallel flattens them"):
         width_groups(model, rule="none", **BASE)
+
+
+def test_a_submodule_that_is_called_like_a_wrapper_is_refused_if_that_confuses() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "module": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    with pytest.raises(ConfigError, match=r"model with two parameters called fc\.weight: expected names that differ"):
+        width_groups(model, rule="none", output=None, **BASE)
+
+
+def test_names_are_those_of_the_model_inside_its_wrappers() -> None:
+    wrapped = nn.Module()
+    wrapped.module = torch.compile(mixed(), backend="eager")
+    assert sorted(by_name(width_groups(wrapped, rule="sqrt", base=proxy(), **BASE))) == sorted(MIXED)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

@@ -187,12 +187,14 @@ def test_nothing_is_left_behind() -> None:
     meter.begin(1)
     assert meter.held_bytes == 2 * 4 * 36
     assert all(module._forward_hooks for module in model)
+    assert optimizer._optimizer_step_post_hooks
     model(torch.randn(3, 6)).sum().backward()
     optimizer.step()
     meter.end()
     with pytest.raises(ZeroDivisionError), meter.measure(2):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in model)
+    assert not optimizer._optimizer_step_post_hooks
     assert meter.held_bytes == 0
     with pytest.raises(RuntimeError, match=re.escape("end() without begin()")):
         meter.end()
@@ -216,6 +218,19 @@ def test_measuring_changes_no_bit_of_the_training() -> None:
         ends.append([p.detach().clone() for p in model.parameters()])
         torch.set_rng_state(state)
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_model_compiled_before_says_why_it_cannot_be_measured() -> None:
+    model, optimizer = small()
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.randn(3, 6))
+    meter = AlignmentMeter(compiled, optimizer)
+    meter.begin(1)
+    compiled(torch.randn(3, 6))
+    with pytest.raises(
+        ConfigError, match=r"0 was not called since .* torch.compile skips hooks that are attached after"
+    ):
+        meter.end()
 
 
 def test_only_the_first_micro_batch_is_looked_at() -> None:
