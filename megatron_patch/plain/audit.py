@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from megatron_patch.errors import AuditError
 from megatron_patch.plain.groups import Planned, WidthPlan, planned, summary
 from megatron_patch.plain.live import LiveGroup, decay_is_coupled, is_engine, live_groups, stepping_optimizer
+from megatron_patch.plain.modules import plain_name
 
 TOLERANCE = 1e-9
 """Relative: the live values are the planned ones up to the rounding of a few float64 products."""
@@ -36,12 +39,13 @@ def audit(optimizer: Any, scheduler: Any = None) -> Audited:
         scheduler: its scheduler, if it is not an engine's own: tells the peaks where all LRs are 0 now.
 
     Raises:
-        AuditError: a parameter that was not planned, or is in no group; another LR, weight decay or eps than planned,
-            with group, parameter, live and planned value; weight decay that is not decoupled; another LR or weight
-            decay in DeepSpeed's config; all LRs 0, and nothing that tells their peaks.
+        AuditError: a parameter that was not planned, is in no group, or no longer the model's; another LR, weight decay
+            or eps than planned, with group, parameter, live and planned value; weight decay that is not decoupled;
+            another LR or weight decay in DeepSpeed's config; all LRs 0, and nothing that tells their peaks.
     """
     groups = list(live_groups(optimizer))
     plan = _require_planned(groups)
+    _require_the_models_own(groups, plan)
     _require_decoupled(optimizer, groups)
     if is_engine(optimizer):
         _check_config(optimizer, plan)
@@ -89,6 +93,25 @@ def _require_planned(groups: Sequence[LiveGroup]) -> WidthPlan:
     if missing:
         raise AuditError(f"{missing[0]} ({len(missing)} in all) is in no param group: the optimizer does not train it")
     return plan
+
+
+def _require_the_models_own(groups: Sequence[LiveGroup], plan: WidthPlan) -> None:
+    """An optimizer may train, as planned, parameters that the model has been rid of."""
+    model = plan.model()
+    if model is None:
+        return
+    current = {plain_name(name): p for name, p in model.named_parameters()}
+    for number, (group, parameters) in enumerate(groups):
+        for parameter in parameters:
+            name = _plan_of(parameter).spec.name
+            own = current.get(name)
+            # fully_shard shows whole weights in a forward pass, and for as long as it keeps them.
+            gathered = isinstance(parameter, DTensor) and not isinstance(own, DTensor)
+            if own is not parameter and not gathered:
+                raise AuditError(
+                    f"{_called(number, group)}: the model's {name} is another parameter since width_groups was called, "
+                    "as fully_shard and to_empty make it, and is not trained; call width_groups after them"
+                )
 
 
 def _require_decoupled(optimizer: Any, groups: Sequence[LiveGroup]) -> None:

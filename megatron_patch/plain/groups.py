@@ -1,8 +1,9 @@
 """The width rule as param groups of any torch optimizer, and the plan that the audit compares them with."""
 
 import math
+import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class WidthPlan:
     """Of the base model."""
     parameters: Mapping[str, Planned]
     """By parameter name."""
+    model: weakref.ref[nn.Module] = field(repr=False, compare=False)
 
 
 # By parameter: optimizers copy their groups, DeepSpeed flattens them, a checkpoint replaces their values, and the
@@ -157,7 +159,7 @@ def width_groups(
                 f"a product with the LR below 1: for {p.name} it is {shrink:.3g} and one step would wipe it out",
                 "lower lr or weight_decay",
             )
-    whole = WidthPlan(scaling, lr, weight_decay, plan)
+    whole = WidthPlan(scaling, lr, weight_decay, plan, weakref.ref(model))
     for p in parameters:
         _plans[p.parameter] = (whole, plan[p.name])
     return _groups(parameters, plan)

@@ -54,7 +54,7 @@ class ExtraWarmup(LRScheduler):
         self.optimizer_steps = 0
         self.decay_product = 1.0
         self._check()
-        self._unwarmed = [group["lr"] for group in self.optimizer.param_groups]
+        self._unwarmed = self._live()
         self._warm()
 
     @property
@@ -77,12 +77,12 @@ class ExtraWarmup(LRScheduler):
         for group, lr in zip(self.optimizer.param_groups, self._unwarmed, strict=True):
             _set(group, lr)
         self.scheduler.step(*args, **kwargs)
-        self._unwarmed = [group["lr"] for group in self.optimizer.param_groups]
+        self._unwarmed = self._live()
         self._warm()
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the LR of each group for the coming step."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return [*self._live()]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         """Return the same, as schedulers of torch do."""
@@ -94,7 +94,7 @@ class ExtraWarmup(LRScheduler):
             **{key: getattr(self, key) for key in _COMPARED},
             "optimizer_steps": self.optimizer_steps,
             "decay_product": self.decay_product,
-            "unwarmed": [float(lr) for lr in self._unwarmed],
+            "unwarmed": list(self._unwarmed),
             "scheduler": self.scheduler.state_dict(),
         }
 
@@ -125,6 +125,9 @@ class ExtraWarmup(LRScheduler):
         self._unwarmed = list(state_dict["unwarmed"])
         self._warm()
 
+    def _live(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
     def _warm(self) -> None:
         f = self.factor()
         for group, lr in zip(self.optimizer.param_groups, self._unwarmed, strict=True):
@@ -136,7 +139,7 @@ class ExtraWarmup(LRScheduler):
         """Return eta_t of the base model, without the factor."""
         for group, lr in zip(self.optimizer.param_groups, self._unwarmed, strict=True):
             if group["lr_mult"] > 0:
-                return float(lr) / float(group["lr_mult"])
+                return lr / float(group["lr_mult"])
         return 0.0  # nothing is trained
 
     def _check(self) -> None:
@@ -175,9 +178,9 @@ class ExtraWarmup(LRScheduler):
                     )
 
 
-def _set(group: dict[str, Any], lr: Any) -> None:
+def _set(group: dict[str, Any], lr: float) -> None:
     """Write an LR, into the tensor where an optimizer keeps one for torch.compile."""
     if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(float(lr))
+        group["lr"].fill_(lr)
     else:
         group["lr"] = lr

@@ -1,5 +1,6 @@
 """The audit finds every way in which an optimizer does not hold what was planned."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,21 @@ def test_weight_decay_that_is_not_decoupled_is_found(kind: Any) -> None:
     if kind is not torch.optim.SGD:
         audit(kind(groups(), decoupled_weight_decay=True))
     audit(kind(groups(rule="no-decay")))
+
+
+def test_parameters_that_the_model_no_longer_has_are_found() -> None:
+    with torch.device("meta"):
+        model = mixed()
+    optimizer = torch.optim.AdamW(groups(model))
+    audit(optimizer)
+    model.to_empty(device="cpu")
+    with pytest.raises(
+        AuditError, match=r"group 0 \(vector\): the model's scale is another parameter since width_group"
+    ):
+        audit(optimizer)
+    del model
+    gc.collect()
+    audit(optimizer)  # nobody can say any more
 
 
 def test_parameters_of_two_plans_are_found() -> None:

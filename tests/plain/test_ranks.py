@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_patch.errors import ConfigError
-from megatron_patch.plain import AlignmentMeter, width_groups
-from tests.support.plain_models import MIXED, mixed, proxy
-from tests.support.plain_training import PLAN, initialised_engine, train
+from megatron_patch.errors import AuditError, ConfigError
+from megatron_patch.plain import AlignmentMeter, audit, width_groups
+from tests.support.plain_models import MIXED, Mixed, mixed, proxy
+from tests.support.plain_training import PLAN, batch, initialised_engine, train
 from tests.support.pool import Pool
 
 LAYOUTS = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
@@ -58,6 +58,53 @@ def test_updates_of_bf16_weights_are_those_of_their_fp32_masters(kind: str, pool
         assert found["weight_norm"] == pytest.approx(expected["weight_norm"], rel=5e-3)
         assert found["update_norm"] == pytest.approx(expected["update_norm"], rel=0.05)
         assert found["alignment_ratio"] == pytest.approx(expected["alignment_ratio"], rel=0.1)
+
+
+def sharded_too_late() -> str:
+    """What the audit says where `fully_shard` came after `width_groups`; nothing where it came before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(mixed(), mesh=mesh)
+    optimizer = torch.optim.AdamW(width_groups(model, base=proxy(), **PLAN))
+    audit(optimizer)
+    with torch.no_grad():
+        model(batch(1))
+    audit(optimizer)
+    late = mixed()
+    optimizer = torch.optim.AdamW(width_groups(late, base=proxy(), **PLAN))
+    fully_shard(late, mesh=mesh)
+    with pytest.raises(AuditError) as caught:
+        audit(optimizer)
+    return str(caught.value)
+
+
+def test_sharding_after_the_optimizer_is_built_is_found(pool: Pool) -> None:
+    for said in pool.run(sharded_too_late, ranks=2):
+        assert "the model's scale is another parameter since width_groups was called, as fully_shard" in said
+
+
+def built_by_zero() -> dict[str, tuple[float, float]]:
+    """LR and weight decay by name, of a model that ZeRO-3 has built in pieces."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with deepspeed.zero.Init(
+        config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    ):
+        model = Mixed()
+    assert model.fc1.weight.numel() == 0
+    engine = initialised_engine(model, width_groups(model, base=proxy(), **PLAN), 3)
+    audit(engine)
+    groups = engine.optimizer.param_groups
+    return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+
+
+def test_a_model_that_zero_has_built_in_pieces(pool: Pool) -> None:
+    groups = width_groups(mixed(), base=proxy(), **PLAN)
+    expected = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert pool.run(built_by_zero, ranks=2, env={"DS_ACCELERATOR": "cpu"}) == [expected] * 2
 
 
 def transposed() -> list[dict[str, Any]]:

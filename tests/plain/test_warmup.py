@@ -128,10 +128,11 @@ def test_it_is_a_scheduler_of_torchs_and_steps_an_lr_tensor_in_place() -> None:
     groups = width_groups(mixed(), rule="independent", base=proxy(), lr=LR, weight_decay=DECAY)
     tensors = [torch.tensor(group["lr"], dtype=torch.float64) for group in groups]
     o = torch.optim.AdamW([{**g, "lr": t} for g, t in zip(groups, tensors, strict=True)], foreach=False)
-    warmup = ExtraWarmup(schedulers.LambdaLR(o, lambda t: 1.0), "exp", m=M, steps=2)
+    # It computes the next LR from the one that it finds in the tensor.
+    warmup = ExtraWarmup(schedulers.ExponentialLR(o, 0.5), "exp", m=M, steps=2)
     assert isinstance(warmup, schedulers.LRScheduler)
     assert warmup.get_last_lr() == pytest.approx([g["lr"] / M for g in groups])
-    for factor in (M**-0.5, 1.0, 1.0):
+    for factor in (0.5 * M**-0.5, 0.25, 0.125):
         o.step()
         warmup.step()
         assert warmup.get_last_lr() == pytest.approx([g["lr"] * factor for g in groups], rel=1e-12)
