@@ -177,10 +177,12 @@ class AlignmentMeter:
         return self._counted
 
     def _count(self, *_: Any) -> None:
+        """Note a step of a torch optimizer, and what it was made with, which a scheduler may have set since `begin`."""
         self._counted += 1
+        self._read_hyperparameters()
 
     def _read_hyperparameters(self) -> None:
-        """Read LR and weight decay of the coming step."""
+        """Read LR and weight decay of every layer."""
         inner = stepping_optimizer(self._optimizer)
         live = {}
         for group, parameters in live_groups(self._optimizer):

@@ -181,6 +181,26 @@ def test_a_skipped_step_has_no_update_and_more_than_one_is_refused() -> None:
         meter.end()
 
 
+def test_the_lr_is_that_of_the_step_wherever_the_scheduler_is_called() -> None:
+    lines = []
+    for early in (False, True):
+        torch.manual_seed(3)
+        model, optimizer = small()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t, late=early: 1.0 + (t > 0) * late)
+        meter = AlignmentMeter(model, optimizer)
+        with meter.measure(1) as measured:
+            model(torch.ones(3, 6)).sum().backward()
+            optimizer._opt_called = True  # scheduler.step() comes first on purpose
+            if early:
+                scheduler.step()
+            optimizer.step()
+            if not early:
+                scheduler.step()
+        lines.append(measured.lines[0])
+    assert (lines[0]["lr"], lines[1]["lr"]) == (LR, 2 * LR)
+    assert lines[1]["update_norm"] == pytest.approx(2 * lines[0]["update_norm"], rel=1e-5)
+
+
 def test_nothing_is_left_behind() -> None:
     model, optimizer = small()
     meter = AlignmentMeter(model, optimizer)
