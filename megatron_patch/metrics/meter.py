@@ -261,7 +261,7 @@ class Meter:
 
     def _output_sums(self, view: LinearView, slot: str, block: Block, inputs: Tensor) -> None:
         """Add the squares of block.delta @ inputs; for row-parallel layers after the sum over the shard group."""
-        outputs = block.delta @ inputs.float().T  # [rows, B]
+        outputs = _outputs(view, block, inputs.float().T)
         if view.kind == "row":
             self._partials[id(view.shard_group)].add(outputs, lambda square: self._add(view, slot, square))
         else:
@@ -275,7 +275,7 @@ class Meter:
         for chunk in self._chunks([view for view in self._views if not view.master.sharded]):
             inputs = self._inputs(chunk)
             for view in chunk:
-                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], -1))
+                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], view.weight().shape[1]))
                 self._block_sums(view, [whole], inputs[view.name], group_rank(view.data_group) == 0)
         for members, exchange in self._exchanges:
             rows = exchange.whole_rows([deltas[view.name] for view in members])
@@ -304,6 +304,17 @@ class Meter:
             ranges = all_gather_flat(own, members[0].shard_group)
             if not bool((ranges == ranges[0]).all()):
                 raise RuntimeError("tensor-parallel peers own different slices of a row-parallel weight")
+
+
+def _outputs(view: LinearView, block: Block, inputs: Tensor) -> Tensor:
+    """Return block.delta @ inputs, [rows, B], where inputs are [C_loc, B], or [P C_loc, B] of a block-diagonal W."""
+    if not view.block_diagonal:
+        return block.delta @ inputs
+    outputs = inputs.new_empty(block.delta.shape[0], inputs.shape[1])
+    part = view.row_part[block.rows]
+    for i, own in enumerate(inputs.chunk(len(view.rows))):
+        outputs[part == i] = block.delta[part == i] @ own
+    return outputs
 
 
 def _by_group(views: Sequence[LinearView], attribute: str) -> list[list[LinearView]]:

@@ -80,6 +80,8 @@ class LinearView:
     """Ranks that hold the same shard and see other tokens; with a distributed optimizer, those that own its slices."""
     scattered: bool = False
     """Whether the captured tokens are split over `shard_group` (sequence parallelism)."""
+    block_diagonal: bool = False
+    """Whether each of the P parts reads a stretch of the inputs of its own, [B, P C_loc], as a grouped convolution."""
 
     @property
     def counts_own_tokens(self) -> bool:

@@ -25,10 +25,15 @@ FLOORS = {
     "cluster": Floor("what the hosts of a run have, and whether it is the same"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "upstream": Floor(
-        "the hooks: the only place that knows Megatron, DeepSpeed and Transformer Engine",
+        "the hooks: the only place that knows Megatron and Transformer Engine",
         "errors theory files config cluster metrics",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron",
+    ),
+    "plain": Floor(
+        "rules, warmups, audit and metrics for any torch model: DDP, FSDP2, DeepSpeed's engine; without Megatron",
+        "errors theory metrics",
+        "torch deepspeed",
     ),
     "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
     "fit": Floor(
