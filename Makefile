@@ -6,6 +6,8 @@
 # make test-wheel   every command of the wheel, in an environment without the checkout
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
 # make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
+# make figures        the runs that the tables of docs/evidence.md lack, then its figures; hours, goes on where it was
+# make figures-draw   the figures and tables of docs/evidence.md from what is committed, in seconds
 # make docs         the pages of docs/ with the API, as a site in site/; fails on a link that leads nowhere
 # make lint bench   what their names say
 # Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
@@ -15,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test test-fast sweep-example test-te test-core test-wheel test-megatron lint docs bench clean
+.PHONY: setup quickstart test test-fast figures figures-draw sweep-example test-te test-core test-wheel test-megatron lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +35,12 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+figures: setup
+	launch/figures.sh
+
+figures-draw: setup
+	launch/figures.sh --draw
 
 sweep-example: setup
 	launch/sweep_example.sh

@@ -3,7 +3,7 @@
     python benchmarks/evidence_figures.py [NAME ...]
 
 For every sweep: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in the layers; and its
-table in docs/evidence.md, between the lines `<!-- NAME -->` and `<!-- end -->`.
+tables in docs/evidence.md, between the lines `<!-- NAME -->` or `<!-- NAME forecast -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -15,12 +15,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from evidence import TABLES, known, names
+import numpy as np
+from evidence import TABLES, known, names, sweep_file
 
 from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
 from megatron_patch.report.drawing import Line, Picture, draw_lines, grid_figure, png
+from megatron_patch.theory.equilibrium import momentum_update_rms
+from megatron_patch.theory.forecast import Course, forecast_shift, snr_of
+from megatron_patch.theory.schedules import linear_warmup_linear_decay
+from megatron_patch.theory.width import RULES
 
 PAGE = TABLES.parent / "evidence.md"
 Key = tuple[int, str]
@@ -115,6 +120,67 @@ def row(grade: Grade) -> str:
     return f"| {grade.label} | {grade.curve.hidden_size} | {shift} | {lost} | {at} | {grade.curve.best:.4f} |"
 
 
+def mean_log2_rrcs(path: Path) -> dict[Key, dict[float, float]]:
+    """Return the mean over run and matrices of log2 of the RRC, by width and rule, over log2 of the base LR; one seed.
+
+    The last measured iteration is left out: the LR is 0 there.
+    """
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
+    last = max(int(row["iteration"]) for row in rows)
+    seed = min(row["seed"] for row in rows)
+    values: dict[Key, dict[float, list[float]]] = {}
+    for row in rows:
+        rrc = row["relative_representation_change"]
+        if rrc and int(row["iteration"]) < last and row["seed"] == seed:
+            curve = values.setdefault((int(row["hidden_size"]), row["rule"]), {})
+            curve.setdefault(math.log2(float(row["lr"])), []).append(math.log2(float(rrc)))
+    return {key: {x: statistics.fmean(logs) for x, logs in sorted(curve.items())} for key, curve in values.items()}
+
+
+def course_of(name: str, snr: float) -> Course:
+    """Return the run of a sweep as the forecast sees it."""
+    flags = sweep_file(name).flags
+    steps, warmup = int(flags["train-iters"]), int(flags["lr-warmup-iters"])
+    factors = [linear_warmup_linear_decay(t, 1.0, warmup, steps) for t in range(steps)]
+    tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
+    return Course(factors, float(flags["weight-decay"]), tokens, snr, momentum_update_rms(float(flags["adam-beta1"])))
+
+
+def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
+    """Return what the proxy's numbers say of the shifts, beside what was measured, as lines of Markdown."""
+    proxy = next(curve for curve in map(found.proxy, found.labels) if curve and curve.optimum)
+    assert proxy.optimum is not None
+    start, narrow = proxy.optimum.log2_lr, proxy.hidden_size
+    alignments = measured.median((narrow, measured.keys[0][1]), "update_alignment")
+    snr = snr_of(statistics.median(alignments.values()), narrow, course_of(name, 0.0).tokens)
+    course = course_of(name, snr)
+    rrcs = mean_log2_rrcs(TABLES / name / "layers.csv")
+    base = rrcs[measured.keys[0]]
+    at_proxy = float(np.interp(start, list(base), list(base.values())))
+    lines = [
+        f"phi {snr:.3f} of the proxy; its mean log2 RRC at its optimum is {at_proxy:.2f}.",
+        "",
+        "| rule | width | forecast | from the wide runs' RRC | measured | mean log2 RRC at the optimum |",
+        "|---|---|---|---|---|---|",
+    ]
+    for grade in report_card(found):
+        width, curve = grade.curve.hidden_size, rrcs.get((grade.curve.hidden_size, grade.label))
+        optimum = grade.curve.optimum
+        if curve is None or optimum is None or grade.shift is None:
+            continue
+        m = width / narrow
+        rho = narrow**-0.5
+        told = forecast_shift(course, RULES[grade.label], m, narrow, 2**start, rho, width**-0.5)
+        x, y = list(curve), list(curve.values())
+        same = (
+            f"{float(np.interp(at_proxy, y, x)) - start:+.2f}" if y[0] <= at_proxy <= y[-1] else "outside the LRs swept"
+        )
+        own = float(np.interp(optimum.log2_lr, x, y))
+        lines.append(f"| {grade.label} | {width} | {told:+.2f} | {same} | {grade.shift.text} | {own:.2f} |")
+    return [line.replace("| -", "| −") for line in lines]
+
+
 def write_table(name: str, lines: Sequence[str]) -> None:
     """Put a table between its two lines in docs/evidence.md, if they are there."""
     page = PAGE.read_text()
@@ -143,6 +209,9 @@ def draw(name: str) -> None:
             f"{name}: medians over the matrices at base LR {measured.lr:.4g}", mechanism(measured, proxy)
         )
         (folder / "mechanism.png").write_bytes(png(figure))
+        lines = forecast_table(name, found, measured)
+        write_table(f"{name} forecast", lines)
+        print(*lines, sep="\n")
     write_table(name, table(found))
     print(*table(found), sep="\n")
 
