@@ -7,6 +7,7 @@
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
 # make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
 # make figures        the runs that the tables of docs/evidence.md lack, then its figures; hours, goes on where it was
+# make figures-quick  its machinery in two minutes
 # make figures-draw   the figures and tables of docs/evidence.md from what is committed, in seconds
 # make docs         the pages of docs/ with the API, as a site in site/; fails on a link that leads nowhere
 # make lint bench   what their names say
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test test-fast figures figures-draw sweep-example test-te test-core test-wheel test-megatron lint docs bench clean
+.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core test-wheel test-megatron lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +39,9 @@ test-fast: setup
 
 figures: setup
 	launch/figures.sh
+
+figures-quick: setup
+	launch/figures.sh --quick
 
 figures-draw: setup
 	launch/figures.sh --draw

@@ -29,6 +29,8 @@ from megatron_patch.sweep.planned import is_done
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS, TABLES = ROOT / "configs" / "evidence", ROOT / "docs" / "evidence"
+QUICK = "quick"
+"""The sweep that says nothing; its tables stay beside its runs."""
 SETTINGS = ("hidden_size", "rule", "lr", "weight_decay", "vector_lr", "steps", "seed")
 """What tells trials apart."""
 MEASURED = (
@@ -44,9 +46,14 @@ def sweep_file(name: str) -> SweepFile:
     return read_sweep(str(SWEEPS / f"{name}.yaml"))
 
 
+def tables(name: str) -> Path:
+    """Return the folder of a sweep's tables and figures."""
+    return (ROOT / "runs" / "evidence" / "tables" if name == QUICK else TABLES) / name
+
+
 def known(name: str) -> tuple[Trial, ...]:
     """Return the trials of a committed table."""
-    path = TABLES / name / "trials.csv"
+    path = tables(name) / "trials.csv"
     return read_csv(str(path)) if path.exists() else ()
 
 
@@ -101,7 +108,7 @@ def collect(name: str) -> None:
     done = [file.folder(planned) for planned in left(name, file) if is_done(file, planned)]
     runs = read_runs([f"{folder}/{METRICS_FOLDER}" for folder in done]) if done else ()
     trials = [trial_of_run(run.file) for run in runs]
-    folder = TABLES / name
+    folder = tables(name)
     folder.mkdir(parents=True, exist_ok=True)
     table = sorted([*known(name), *trials], key=lambda t: (t.steps or 0, t.hidden_size, t.rule, t.lr, t.seed or 0))
     if table:
@@ -122,8 +129,8 @@ def collect(name: str) -> None:
 
 
 def names() -> list[str]:
-    """Return the sweeps of configs/evidence."""
-    return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith("proxy"))
+    """Return the sweeps of configs/evidence that say something."""
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith(("proxy", QUICK)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("train", "collect", "left"))
     parser.add_argument("sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: all")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time; default: %(default)s")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     code = 0
     try:
         for name in args.sweeps or names():

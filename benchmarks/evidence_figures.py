@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from evidence import TABLES, known, names, sweep_file
+from evidence import TABLES, known, names, sweep_file, tables
 
 from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
@@ -155,7 +155,7 @@ def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
     alignments = measured.median((narrow, measured.keys[0][1]), "update_alignment")
     snr = snr_of(statistics.median(alignments.values()), narrow, course_of(name, 0.0).tokens)
     course = course_of(name, snr)
-    rrcs = mean_log2_rrcs(TABLES / name / "layers.csv")
+    rrcs = mean_log2_rrcs(tables(name) / "layers.csv")
     base = rrcs[measured.keys[0]]
     at_proxy = float(np.interp(start, list(base), list(base.values())))
     lines = [
@@ -196,7 +196,7 @@ def draw(name: str) -> None:
         return
     found = study(trials)
     grades = report_card(found)
-    folder = TABLES / name
+    folder = tables(name)
     (folder / "transfer.png").write_bytes(
         png(grid_figure(f"{name}: loss over base LR", transfer_pictures(found, grades)))
     )

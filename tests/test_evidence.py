@@ -23,7 +23,7 @@ def test_a_table_is_that_of_the_runs(name: str, kind: str, written: str, monkeyp
     found = study(figures.known(name))
     if kind:
         proxy = next(curve.optimum for curve in map(found.proxy, found.labels) if curve and curve.optimum)
-        measured = figures.Measured(figures.TABLES / name / "layers.csv", 2**proxy.log2_lr)
+        measured = figures.Measured(figures.tables(name) / "layers.csv", 2**proxy.log2_lr)
         lines = figures.forecast_table(name, found, measured)
     else:
         lines = figures.table(found)
