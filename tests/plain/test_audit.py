@@ -123,7 +123,9 @@ def test_resuming_without_the_extra_warmup_is_found() -> None:
     ExtraWarmup(schedulers.LambdaLR(first, lambda t: 1.0), "exp", m=4, steps=6)
     optimizer = torch.optim.AdamW(groups())
     optimizer.load_state_dict(first.state_dict())
-    schedulers.LambdaLR(optimizer, lambda t: 1.0).step()
+    schedule = schedulers.LambdaLR(optimizer, lambda t: 1.0)
+    optimizer.step()
+    schedule.step()
     with pytest.raises(AuditError, match="every live LR is 4 times what was planned as its peak"):
         audit(optimizer)
 

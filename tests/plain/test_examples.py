@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_patch.errors import AuditError
 from tests.support.pool import ROOT, Pool
 
 PAGE = ROOT / "docs/plain.md"
@@ -82,3 +84,65 @@ def test_hugging_faces_trainer_and_its_resume(tmp_path: Path) -> None:
     second_half = [line for line in whole.splitlines() if line.startswith("12 ") or " lr " in line]
     assert [line for line in again.splitlines() if line.startswith("12 ") or " lr " in line] == second_half
     assert len(second_half) == 15 + 4
+
+
+def on_an_engine(source: str, folder: str, stage: int) -> None:
+    """The script of the Trainer, with `deepspeed=` in its arguments and no step saved."""
+    import deepspeed
+    import transformers
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    plain = transformers.TrainingArguments
+
+    def arguments(**given: Any) -> Any:
+        return plain(**{**given, "save_strategy": "no", "deepspeed": config})
+
+    transformers.TrainingArguments = arguments
+    sys.argv = ["plain_trainer.py", folder]
+    exec(compile(source, "plain_trainer.py", "exec"), {"__name__": "__main__"})  # noqa: S102 - the page's own code
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_hugging_faces_trainer_on_deepspeeds_engine(stage: int, pool: Pool, tmp_path: Path) -> None:
+    source = SCRIPTS["plain_trainer.py"]
+    pool.run(on_an_engine, ranks=2, source=source, folder=str(tmp_path), stage=stage, env={"DS_ACCELERATOR": "cpu"})
+    # A progress bar may stand on the same line.
+    measured = [re.findall(r"\d+ (?:model\.\S+|lm_head) relative update [\d.]+", text) for text in pool.printed]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 2 * 15
+    for text in pool.printed:
+        assert dict(re.findall(r"(embedding|vector|matrix_m4|output_m4) +lr ([\d.]+)", text)) == {
+            "embedding": "0.01", "vector": "0.01", "matrix_m4": "0.0025", "output_m4": "0.0025"
+        }  # fmt: skip
+
+
+GIVEN_INSTEAD = {
+    "class WidthTrainer(Trainer):": "class WidthTrainer(Trainer):\n    pass\n\n\nclass Unused(Trainer):",
+    "trainer = WidthTrainer(": "net = llama(64)\n"
+    "planned = width_groups(net, base=llama(16), rule='sqrt', lr=0.1, weight_decay=0.1)\n"
+    "trainer = WidthTrainer(\n    optimizers=(torch.optim.AdamW(planned), None),",
+    "model=llama(64)": "model=net",
+}
+"""From the page's script to one that gives the Trainer an optimizer."""
+
+
+def refused_on_an_engine(source: str, folder: str) -> str:
+    with pytest.raises(AuditError) as caught:
+        on_an_engine(source, folder, 2)
+    return str(caught.value)
+
+
+def test_an_optimizer_that_the_trainer_throws_away_is_missed(pool: Pool, tmp_path: Path) -> None:
+    source = SCRIPTS["plain_trainer.py"]
+    for part, other in GIVEN_INSTEAD.items():
+        assert source.count(part) == 1
+        source = source.replace(part, other)
+    (said,) = pool.run(refused_on_an_engine, source=source, folder=str(tmp_path), env={"DS_ACCELERATOR": "cpu"})
+    assert said.startswith("group 0 (without a name), model.embed_tokens.weight: the optimizer has weight_decay = 0,")
