@@ -11,6 +11,7 @@ So Megatron's own bookkeeping, --use-checkpoint-args and this package's check of
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,19 +22,6 @@ from megatron_patch.upstream.engine.optimizer import EngineOptimizer
 
 ENGINE = "deepspeed"
 UNIVERSAL = "universal"
-
-# How `ds_to_universal` puts the shards of tensor-parallel ranks together, by Megatron's names. What is in none of the
-# lists is cut along its first dimension.
-_TENSOR_PARALLEL: dict[str, list[str]] = {
-    "vocabulary_parameter_patterns": [r".*word_embeddings\.weight", r".*output_layer\.weight"],
-    "tp_replicated_parameter_patterns": [
-        r".*layernorm.*",
-        r".*position_embeddings.*",
-        r".*linear_proj\.bias",
-        r".*linear_fc2\.bias",
-    ],
-    "parameter_with_row_parallelism_patterns": [r".*linear_proj\.weight", r".*linear_fc2\.weight"],
-}
 
 
 class _WithoutWeights(torch.nn.Module):
@@ -54,29 +42,47 @@ def save(call: Callable[..., Any], iteration: int, optimizer: EngineOptimizer) -
         iteration: of the run.
         optimizer: the engine.
     """
-    from megatron.core import parallel_state
     from megatron.training import get_args
     from megatron.training.checkpointing import get_checkpoint_name
 
     args = get_args()
     folder = get_checkpoint_name(args.save, iteration, return_base_dir=True)
-    patterns = {
-        "universal_checkpoint_version": 0.2,
-        "original_vocab_size": args.padded_vocab_size,
-        **_TENSOR_PARALLEL,
-    }
     with _without_empty_entries(optimizer.engine):
         optimizer.engine.save_checkpoint(
             folder,
             tag=ENGINE,
             client_state={
                 "iteration": iteration,
-                "universal_checkpoint_info": patterns,
-                "tensor_parallel_ranks": parallel_state.get_tensor_model_parallel_world_size(),
+                "universal_checkpoint_info": _how_shards_fit(optimizer.engine.module, args),
             },
         )
     with _expecting_the_engines_files():
         return call(model=[_WithoutWeights()], optimizer=None)
+
+
+def _how_shards_fit(model: torch.nn.Module, args: Any) -> dict[str, Any]:
+    """Return what `ds_to_universal` must know to put the shards of tensor-parallel ranks together.
+
+    Every list holds names of parameters, as regular expressions of which each must match (0.19.8 wants all used). What
+    is in none is cut along its first dimension.
+    """
+    fits: dict[str, list[str]] = {
+        "vocabulary_parameter_patterns": [],
+        "tp_replicated_parameter_patterns": [],
+        "parameter_with_row_parallelism_patterns": [],
+        "parameter_with_2_sub_params_cat_dim_0": [],
+    }
+    for name, parameter in model.named_parameters():
+        exactly = f"{re.escape(name)}$"
+        if not getattr(parameter, "tensor_model_parallel", False):
+            fits["tp_replicated_parameter_patterns"].append(exactly)
+        elif parameter.partition_dim == 1:  # type: ignore[attr-defined]
+            fits["parameter_with_row_parallelism_patterns"].append(exactly)
+        elif ".word_embeddings." in name or "output_layer." in name:
+            fits["vocabulary_parameter_patterns"].append(exactly)
+        elif ".linear_fc1." in name and args.swiglu:  # each shard has rows of gate, then rows of up
+            fits["parameter_with_2_sub_params_cat_dim_0"].append(exactly)
+    return {"universal_checkpoint_version": 0.2, "original_vocab_size": args.padded_vocab_size, **fits}
 
 
 @contextlib.contextmanager
@@ -129,7 +135,7 @@ def load(call: Callable[..., Any], load_dir: str | None, optimizer: EngineOptimi
         What Megatron's function returns.
 
     Raises:
-        ConfigError: no checkpoint of an engine, one of another number of ranks, or of another layout.
+        ConfigError: no checkpoint of an engine, or one of another number of ranks.
     """
     from megatron.training import get_args
     from megatron.training.checkpointing import get_checkpoint_name, get_loaded_iteration
@@ -169,12 +175,10 @@ def _how_to_convert(folder: str) -> str:
 
 def _load_engine(optimizer: EngineOptimizer, folder: str, tag: str, weights_only: bool) -> None:
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
-    from megatron.core import parallel_state
-    from megatron.training import get_args
 
     engine = optimizer.engine
     try:
-        path, client = engine.load_checkpoint(
+        path, _ = engine.load_checkpoint(
             folder,
             tag=tag,
             load_module_strict=False,  # entries that hold nothing were not saved
@@ -194,15 +198,6 @@ def _load_engine(optimizer: EngineOptimizer, folder: str, tag: str, weights_only
         ) from None
     if path is None:
         raise ConfigError("--load", os.path.join(folder, tag), "a checkpoint that DeepSpeed can read", "give another")
-    then, now = client.get("tensor_parallel_ranks"), parallel_state.get_tensor_model_parallel_world_size()
-    if optimizer.plan.universal and then != now and get_args().swiglu:
-        raise ConfigError(
-            "--tensor-model-parallel-size",
-            now,
-            f"{then}, as the checkpoint: with --swiglu every rank's linear_fc1 holds rows of gate and up, which"
-            " DeepSpeed would put together in the wrong order",
-            "give the checkpoint's",
-        )
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

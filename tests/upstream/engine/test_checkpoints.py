@@ -1,7 +1,5 @@
 """Checkpoints of a run on the engine: resumed, it goes on as if it had not been stopped."""
 
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,4 +40,105 @@ def test_resumed_is_uninterrupted_to_the_last_bit(
         assert b.grad_norms == a.grad_norms[HALF:]
         assert b.extra[0] == a.extra[0][HALF:]
         assert all(np.array_equal(a.extra[1][name], b.extra[1][name]) for name in a.extra[1])
-    assert "Overwriting old incomplete" not in "".join(pool.printed)
+
+
+def convert(folder: str) -> None:
+    """In a worker: what ``python -m deepspeed.checkpoint.ds_to_universal`` does."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    sys.argv = ["ds_to_universal", "--input_folder", f"{folder}/deepspeed", "--output_folder", f"{folder}/universal"]
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+LLAMA = (
+    *("--swiglu", "--ffn-hidden-size", "64", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
+    *("--normalization", "RMSNorm"),
+)
+UNIVERSAL = {"checkpoint": {"load_universal": True}}
+
+
+def saved(pool: Pool, folder: Path, ranks: int, *flags: str) -> list[str]:
+    """Train half of a run and save it; the flags that load it."""
+    half = ["--save", str(folder / "save"), "--save-interval", str(HALF), "--train-iters", str(STEPS)]
+    pool.run(train, ranks=ranks, argv=[*RUN, *WARMUP, *flags, *half], steps=HALF, hooks=Watched())
+    return ["--load", str(folder / "save"), "--train-iters", str(STEPS)]
+
+
+# Stage 3 shards of tensor-parallel ranks are not put together by DeepSpeed's tool, so its layouts have one of these.
+@pytest.mark.parametrize(
+    ("stages", "before", "after"),
+    [
+        ((1, 1), (2, ()), (1, ())),
+        ((1, 2), (1, ()), (2, ())),
+        ((2, 1), (2, TP2), (1, ())),
+        ((2, 2), (1, ()), (2, TP2)),
+        ((1, 1), (2, (*TP2, *LLAMA)), (1, LLAMA)),
+        ((3, 3), (2, ()), (1, ())),
+        ((3, 3), (1, ()), (2, ())),
+    ],
+    ids=[
+        "dp2-dp1",
+        "dp1-dp2-stage-1-to-2",
+        "tp2-tp1",
+        "tp1-tp2",
+        "tp2-tp1-llama",
+        "stage-3-dp2-dp1",
+        "stage-3-dp1-dp2",
+    ],
+)
+def test_a_universal_checkpoint_goes_on_at_another_number_of_ranks(
+    pool: Pool, tmp_path: Path, stages: tuple[int, int], before: tuple[int, Any], after: tuple[int, Any]
+) -> None:
+    (ranks, flags), (ranks_after, flags_after) = before, after
+    load = saved(pool, tmp_path, ranks, *flags, *ds_json(tmp_path, stages[0]))
+    pool.run(convert, distributed=False, folder=str(tmp_path / f"save/iter_{HALF:07d}"))
+    straight = [*RUN, *WARMUP, *flags, "--train-iters", str(STEPS)]
+    whole = pool.run(train, ranks=ranks, argv=straight, steps=STEPS, hooks=Watched())[0]
+    resumed = pool.run(
+        train,
+        ranks=ranks_after,
+        argv=[*RUN, *WARMUP, *flags_after, *ds_json(tmp_path, stages[1], **UNIVERSAL), *load],
+        steps=STEPS,
+        hooks=Watched(),
+    )
+    for one in resumed:
+        print(max(abs(x - y) for x, y in zip(whole.losses[HALF:], one.losses, strict=True)))
+        assert one.losses == pytest.approx(whole.losses[HALF:], abs=2e-6)
+        assert one.grad_norms == pytest.approx(whole.grad_norms[HALF:], rel=1e-5)
+        assert one.extra[0] == whole.extra[0][HALF:]
+
+
+def refused(pool: Pool, ranks: int, argv: list[str]) -> str:
+    with pytest.raises(RankFailure) as caught:
+        pool.run(train, ranks=ranks, argv=argv, steps=STEPS, hooks=Watched())
+    return str(caught.value)
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_line(pool: Pool, tmp_path: Path) -> None:
+    engine = ds_json(tmp_path, 1)
+    load = saved(pool, tmp_path, 2, *engine)
+    said = refused(pool, 1, [*RUN, *WARMUP, *engine, *load])
+    assert "expected as many data-parallel ranks as saved it (2), or a universal checkpoint; make it: python -m" in said
+    said = refused(pool, 2, [*RUN, *WARMUP, *ds_json(tmp_path, 1, **UNIVERSAL), *load])
+    assert "universal, the engine's part of the checkpoint; make it: python -m deepspeed.checkpoint" in said
+    said = refused(pool, 2, [*RUN, *WARMUP, *load])
+    assert "expected a checkpoint of a run without --deepspeed" in said
+    assert "add --deepspeed, or give another checkpoint" in said
+    said = refused(pool, 2, [*RUN, *WARMUP, *engine, *load, "--lr", "2e-2"])
+    assert "--lr: 0.01 -> 0.02" in said
+    (tmp_path / "megatrons").mkdir()
+    load = saved(pool, tmp_path / "megatrons", 2)
+    assert "drop --deepspeed, or give another" in refused(pool, 2, [*RUN, *WARMUP, *engine, *load])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("how", ["--finetune", "--no-load-optim"])
+def test_weights_alone_can_be_loaded(pool: Pool, tmp_path: Path, stage: int, how: str) -> None:
+    """Into a run with another rule and another LR, whose optimizer starts anew."""
+    engine = ds_json(tmp_path, stage)
+    load = saved(pool, tmp_path, 2, *engine)
+    given = pool.run(train, ranks=2, argv=[*RUN, *WARMUP, *engine], steps=HALF, hooks=Watched())[0].extra[1]
+    again = [*RUN, *engine, *load, how, "--lr", "1e-30", "--min-lr", "0", "--vector-lr", "1e-30"]
+    kept = pool.run(train, ranks=2, argv=[*again, "--no-load-rng"], steps=STEPS, hooks=Watched())[0]
+    assert all(np.allclose(kept.extra[1][name], given[name], atol=1e-7) for name in given)
+    assert len(kept.losses) == (STEPS if how == "--finetune" else STEPS - HALF)
