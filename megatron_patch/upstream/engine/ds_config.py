@@ -138,6 +138,10 @@ _ZERO_REFUSED: dict[str, tuple[str, str]] = {
     "zero_quantized_gradients": ("no ZeRO++: it is not tested with the audit and the metrics", "remove it"),
     "cpu_offload": ('"offload_optimizer": {"device": "cpu"}, its present form', "write that"),
     "cpu_offload_params": ('"offload_param": {"device": "cpu"}, its present form', "write that"),
+    "round_robin_gradients": (
+        "false: DeepSpeed 0.19 then takes other fp32 weights for a parameter's own, in universal checkpoints too",
+        "remove it",
+    ),
     "elastic_checkpoint": (
         "no elastic_checkpoint: DeepSpeed 0.19 refuses another number of ranks with it too",
         "remove it; docs/deepspeed.md has the way by a universal checkpoint",
@@ -193,6 +197,8 @@ def plan_engine(path: str, args: Any) -> EnginePlan:
         if given is not None and given != AUTO and not _same(given, of(args)):
             fix = f"give both the same, or leave {key} out of the file"
             raise ConfigError(f"{path}: {key}", given, f"{of(args)}, as {flag} says", fix)
+    for key in ("zero_optimization.stage", "data_types.grad_accum_dtype", "checkpoint.load_universal"):
+        _at(path, config, key)  # what is above it must be a block
     zero = dict(config.get("zero_optimization") or {})
     stage = _check_zero(path, zero, config, args)
     adam = _adam(path, config, stage, zero)
@@ -263,7 +269,8 @@ def _check_zero(path: str, zero: Mapping[str, Any], config: Mapping[str, Any], a
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "0, 1, 2 or 3", "correct it")
     for key, value in zero.items():
-        if key in _ZERO_REFUSED and value not in (False, None, 1):
+        off = value is None or value is False or (key == "zero_hpz_partition_size" and value == 1)
+        if key in _ZERO_REFUSED and not off:
             raise ConfigError(
                 f"{path}: zero_optimization.{key}", "given" if isinstance(value, dict) else value, *_ZERO_REFUSED[key]
             )
@@ -275,7 +282,7 @@ def _check_zero(path: str, zero: Mapping[str, Any], config: Mapping[str, Any], a
             "give stage 1",
         )
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(key) or {}).get("device", "none")
+        device = _at(path, config, f"zero_optimization.{key}.device") or "none"
         if device not in ("none", "cpu"):
             raise ConfigError(
                 f"{path}: zero_optimization.{key}.device", device, "cpu or none: nvme is not tested", "give cpu"
