@@ -142,3 +142,17 @@ def test_weights_alone_can_be_loaded(pool: Pool, tmp_path: Path, stage: int, how
     kept = pool.run(train, ranks=2, argv=[*again, "--no-load-rng"], steps=STEPS, hooks=Watched())[0]
     assert all(np.allclose(kept.extra[1][name], given[name], atol=1e-7) for name in given)
     assert len(kept.losses) == (STEPS if how == "--finetune" else STEPS - HALF)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ds"),
+    [(1, {}), (1, {"data_types": {"grad_accum_dtype": "fp32"}}), (3, {})],
+    ids=["1", "1-fp32-sums", "3"],
+)
+def test_bf16_resumed_is_uninterrupted_to_the_last_bit(
+    pool: Pool, tmp_path: Path, stage: int, ds: dict[str, Any]
+) -> None:
+    whole, resumed = whole_and_resumed(pool, tmp_path, stage, 2, "--bf16", "--attention-softmax-in-fp32", **ds)
+    for a, b in zip(whole, resumed, strict=True):
+        assert b.losses == a.losses[HALF:]
+        assert all(np.array_equal(a.extra[1][name], b.extra[1][name]) for name in a.extra[1])
