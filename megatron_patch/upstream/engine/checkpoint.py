@@ -1,7 +1,7 @@
 """Checkpoints of a run on DeepSpeed's engine: Megatron's folder, with the engine's own files in a folder within it.
 
     SAVE/latest_checkpointed_iteration.txt      Megatron's
-    SAVE/iter_0000100/common.pt, ...            Megatron's: arguments, iteration, scheduler, random states
+    SAVE/iter_0000100/*.distcp, metadata.json   Megatron's: arguments, iteration, scheduler, random states
     SAVE/iter_0000100/deepspeed/                the engine's: weights, fp32 weights, Adam's state
     SAVE/iter_0000100/universal/                what ds_to_universal makes of deepspeed/, for another number of ranks
 
@@ -135,7 +135,7 @@ def load(call: Callable[..., Any], load_dir: str | None, optimizer: EngineOptimi
         What Megatron's function returns.
 
     Raises:
-        ConfigError: no checkpoint of an engine, or one of another number of ranks.
+        ConfigError: no checkpoint of an engine, or one of another stage or number of ranks.
     """
     from megatron.training import get_args
     from megatron.training.checkpointing import get_checkpoint_name, get_loaded_iteration
@@ -155,6 +155,7 @@ def load(call: Callable[..., Any], load_dir: str | None, optimizer: EngineOptimi
             f"{os.path.join(folder, tag)}, the engine's part of the checkpoint",
             _how_to_convert(folder) if optimizer.plan.universal else "load it without --deepspeed",
         )
+    _check_stage(os.path.join(folder, tag), optimizer.plan.stage)
     live = [_hyperparameters(group) for group in optimizer.param_groups]
     _load_engine(optimizer, folder, tag, weights_only)
     groups = optimizer.param_groups
@@ -163,6 +164,25 @@ def load(call: Callable[..., Any], load_dir: str | None, optimizer: EngineOptimi
         group.update(values)
     _separate_steps(optimizer)
     return result
+
+
+def _check_stage(folder: str, stage: int) -> None:
+    """Refuse a checkpoint of another way to shard.
+
+    DeepSpeed (0.19.8) would take the weights of some of them and silently begin with a new optimizer.
+    """
+    files = os.listdir(folder)
+    if any(name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt") for name in files):
+        saved: tuple[int, ...] = (3,)
+    elif any(name.endswith("_optim_states.pt") for name in files) or "zero" in files:
+        saved = (1, 2)
+    else:
+        saved = (0,)
+    if stage not in saved:
+        stages = " or ".join(map(str, saved))
+        raise ConfigError(
+            "--load", folder, f"a checkpoint of ZeRO stage {stage}", f"go on at stage {stages}, at which it was saved"
+        )
 
 
 def _how_to_convert(folder: str) -> str:

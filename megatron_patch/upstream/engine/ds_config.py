@@ -216,6 +216,13 @@ def plan_engine(path: str, args: Any) -> EnginePlan:
         zero_allow_untested_optimizer=True,
     )
     universal = bool((config.get("checkpoint") or {}).get("load_universal", False))
+    if universal and stage in (0, 3) and (stage == 0 or args.tensor_model_parallel_size > 1):
+        raise ConfigError(
+            f"{path}: checkpoint.load_universal",
+            True,
+            "ZeRO stage 1 or 2, or 3 without tensor parallelism: DeepSpeed 0.19 loads no other universal checkpoint",
+            "give such a stage, or load the checkpoint at the number of ranks that saved it",
+        )
     return EnginePlan(path, ours, stage, adam, clip, universal)
 
 

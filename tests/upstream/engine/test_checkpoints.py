@@ -64,7 +64,6 @@ def saved(pool: Pool, folder: Path, ranks: int, *flags: str) -> list[str]:
     return ["--load", str(folder / "save"), "--train-iters", str(STEPS)]
 
 
-# Stage 3 shards of tensor-parallel ranks are not put together by DeepSpeed's tool, so its layouts have one of these.
 @pytest.mark.parametrize(
     ("stages", "before", "after"),
     [
@@ -75,6 +74,7 @@ def saved(pool: Pool, folder: Path, ranks: int, *flags: str) -> list[str]:
         ((1, 1), (2, (*TP2, *LLAMA)), (1, LLAMA)),
         ((3, 3), (2, ()), (1, ())),
         ((3, 3), (1, ()), (2, ())),
+        ((3, 3), (2, TP2), (1, ())),
     ],
     ids=[
         "dp2-dp1",
@@ -84,6 +84,7 @@ def saved(pool: Pool, folder: Path, ranks: int, *flags: str) -> list[str]:
         "tp2-tp1-llama",
         "stage-3-dp2-dp1",
         "stage-3-dp1-dp2",
+        "stage-3-tp2-tp1",
     ],
 )
 def test_a_universal_checkpoint_goes_on_at_another_number_of_ranks(
@@ -121,6 +122,9 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(pool: Pool, tmp_path: Path
     assert "expected as many data-parallel ranks as saved it (2), or a universal checkpoint; make it: python -m" in said
     said = refused(pool, 2, [*RUN, *WARMUP, *ds_json(tmp_path, 1, **UNIVERSAL), *load])
     assert "universal, the engine's part of the checkpoint; make it: python -m deepspeed.checkpoint" in said
+    for stage in (0, 3):  # of which DeepSpeed would take the weights alone, or nothing
+        said = refused(pool, 2, [*RUN, *WARMUP, *ds_json(tmp_path, stage), *load])
+        assert f"expected a checkpoint of ZeRO stage {stage}; go on at stage 1 or 2, at which it was saved" in said
     said = refused(pool, 2, [*RUN, *WARMUP, *load])
     assert "expected a checkpoint of a run without --deepspeed" in said
     assert "add --deepspeed, or give another checkpoint" in said
@@ -156,3 +160,14 @@ def test_bf16_resumed_is_uninterrupted_to_the_last_bit(
     for a, b in zip(whole, resumed, strict=True):
         assert b.losses == a.losses[HALF:]
         assert all(np.array_equal(a.extra[1][name], b.extra[1][name]) for name in a.extra[1])
+
+
+def test_stage_1_goes_on_as_stage_2(pool: Pool, tmp_path: Path) -> None:
+    one, two = ds_json(tmp_path, 1), ds_json(tmp_path, 2)
+    load = saved(pool, tmp_path, 2, *one)
+    whole = pool.run(
+        train, ranks=2, argv=[*RUN, *WARMUP, *one, "--train-iters", str(STEPS)], steps=STEPS, hooks=Watched()
+    )
+    resumed = pool.run(train, ranks=2, argv=[*RUN, *WARMUP, *two, *load], steps=STEPS, hooks=Watched())
+    assert resumed[0].losses == pytest.approx(whole[0].losses[HALF:], abs=1e-6)
+    assert resumed[0].grad_norms == pytest.approx(whole[0].grad_norms[HALF:], rel=1e-6)

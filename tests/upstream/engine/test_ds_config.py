@@ -22,6 +22,7 @@ ARGS: dict[str, Any] = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_eps": 1e-8,
+    "tensor_model_parallel_size": 2,
 }
 ZERO1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 
@@ -114,6 +115,11 @@ def test_what_is_said_twice_must_be_the_same(
         ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, {}, "expected no elastic_checkpoint"),
         ({"optimizer": {"type": "AdamW", "params": 3}}, {}, "optimizer.params 3: expected a block {...}"),
         ({"bf16": True}, {}, "bf16 True: expected a block {...}"),
+        (
+            {"zero_optimization": {"stage": 3}, "checkpoint": {"load_universal": True}},
+            {},
+            "checkpoint.load_universal True: expected ZeRO stage 1 or 2, or 3 without tensor parallelism",
+        ),
         ({"zero_optimization": True}, {}, "zero_optimization True: expected a block {...}"),
     ],
 )
