@@ -277,7 +277,7 @@ class Meter:
         for chunk in self._chunks([view for view in self._views if not view.master.sharded]):
             inputs = self._inputs(chunk)
             for view in chunk:
-                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], view.weight().shape[1]))
+                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], view.columns))
                 self._block_sums(view, [whole], inputs[view.name], group_rank(view.data_group) == 0)
         for members, exchange in self._exchanges:
             rows = exchange.whole_rows([deltas[view.name] for view in members])

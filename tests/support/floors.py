@@ -25,7 +25,7 @@ FLOORS = {
     "cluster": Floor("what the hosts of a run have, and whether it is the same"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "upstream": Floor(
-        "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed's engine under Megatron's loop",
+        "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
         "errors theory files config cluster metrics",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron deepspeed",
