@@ -63,6 +63,9 @@ FLAGS = {
     "--reference-count",
     "--allow-untested-megatron",
     "--allow-rank-differences",
+    "--deepspeed",
+    "--deepspeed-config",
+    "--audit-interval",
 }
 
 SQRT = "--width-scaling sqrt --base-hidden-size 32"
@@ -572,12 +575,14 @@ def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
         "--no-scale-output-layer --scale-adam-eps --init-scaling fan-in --extra-warmup exp --extra-warmup-iters 21 "
         "--extra-warmup-scope width-dependent --alignment-interval 22 --alignment-tokens 23 --alignment-layers qkv "
         "--spectral-interval 24 --metrics-dir here --override-width-scaling --cpu "
-        "--allow-rank-differences --reference-run there --reference-factor 2.5 --reference-count 26"
+        "--allow-rank-differences --reference-run there --reference-factor 2.5 --reference-count 26 --audit-interval 27"
     )
     assert set(re.findall("--[a-z-]+", argv)) == FLAGS - {
         "--allow-untested-megatron",
         "--extra-warmup-fraction",
         "--no-report",
+        "--deepspeed",
+        "--deepspeed-config",
     }
     monkeypatch.setattr(flags, "read_proxy", lambda folder: None)
     settings = flags.validate(namespace(argv))
@@ -607,6 +612,8 @@ def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.warmup == WarmupConfig("exp", 21, None, "width-dependent")
     assert settings.metrics == config.MetricsConfig(22, 23, "qkv", 24, "here", True, "there", 2.5, 26)
     assert settings.cpu
+    assert settings.audit_interval == 27
+    assert Settings.of({"deepspeed": True, "deepspeed_config": "x.json"}).engine == config.EngineConfig(True, "x.json")
     fraction = flags.validate(namespace(f"{SQRT} --extra-warmup exp --extra-warmup-fraction 0.5"))
     assert fraction.warmup == WarmupConfig("exp", None, 0.5)
 

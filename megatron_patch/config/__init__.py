@@ -4,6 +4,7 @@ Each is a field of a dataclass, with its type, choices, default and help. The pa
 (`Settings.of`) follow from the fields, so a new flag is a new field.
 """
 
+from megatron_patch.config.engine import EngineConfig
 from megatron_patch.config.metrics import MetricsConfig
 from megatron_patch.config.options import Option, flag, options_of
 from megatron_patch.config.settings import OPTIONS, Settings
@@ -17,6 +18,7 @@ __all__ = [
     "SCOPES",
     "WARMUPS",
     "WIDTH_RULES",
+    "EngineConfig",
     "MetricsConfig",
     "Option",
     "Settings",

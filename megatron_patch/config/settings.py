@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_patch.config.engine import EngineConfig
 from megatron_patch.config.metrics import MetricsConfig
 from megatron_patch.config.options import option, options_of, read
 from megatron_patch.config.warmup import WarmupConfig
 from megatron_patch.config.width import WidthConfig
+from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import METRICS_FOLDER
 
 
@@ -19,6 +21,10 @@ class Settings:
     width: WidthConfig = field(default_factory=WidthConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    audit_interval: int = option(
+        0, "hold the live optimizer to the rule every N iterations, beside the start; 0 = at the start only"
+    )
     override: bool = option(
         False,
         "resume although rule, base, exponents, LR or weight decay differ from the checkpoint's",
@@ -54,7 +60,8 @@ class Settings:
             metrics = replace(metrics, record=True)
         else:
             metrics = replace(metrics, directory=os.path.join(str(parent), METRICS_FOLDER) if parent else None)
-        return cls(width, WarmupConfig(**read(WarmupConfig, arguments)), metrics, **read(cls, arguments))
+        engine = EngineConfig(**read(EngineConfig, arguments))
+        return cls(width, WarmupConfig(**read(WarmupConfig, arguments)), metrics, engine, **read(cls, arguments))
 
     @property
     def active(self) -> bool:
@@ -66,6 +73,8 @@ class Settings:
             or self.warmup.active
             or self.metrics.active
             or self.metrics.record
+            or self.engine.active
+            or self.audit_interval > 0
         )
 
     def validate(self, hidden_size: int | None = None) -> None:
@@ -77,9 +86,14 @@ class Settings:
         self.width.validate(warmup=self.warmup.active)
         self.warmup.validate(self.width, hidden_size)
         self.metrics.validate()
+        self.engine.validate()
+        if self.audit_interval < 0:
+            raise ConfigError("--audit-interval", self.audit_interval, "an integer >= 0", "give 0 to switch it off")
 
 
 OPTIONS = tuple(
-    one for settings in (WidthConfig, WarmupConfig, MetricsConfig, Settings) for one in options_of(settings)
+    one
+    for settings in (WidthConfig, WarmupConfig, MetricsConfig, EngineConfig, Settings)
+    for one in options_of(settings)
 )
 """Every flag, in the order of ``--help``."""

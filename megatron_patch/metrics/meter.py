@@ -193,8 +193,10 @@ class Meter:
 
     def _weight_sums(self) -> None:
         for view in self._weight_views:
-            if view.counts_own_weight and group_rank(view.data_group) == 0:
-                weight = view.weight()
+            counts = view.counts_own_weight and group_rank(view.data_group) == 0
+            # Where reading it is a collective call, all ranks read.
+            weight = view.weight() if counts or view.gathered_shape else None
+            if counts and weight is not None:
                 self._add(view, "weight", part_sums_of_squares(weight.float(), view.row_part, len(view.rows)))
             if view.owns_first_entry:
                 lr, weight_decay = view.master.hyperparameters()
@@ -237,7 +239,7 @@ class Meter:
             chunk: list[LinearView] = []
             elements = 0
             for view in members:
-                size = self._tokens * view.weight().shape[1]
+                size = self._tokens * view.columns
                 if chunk and elements + size > BUCKET_ELEMENTS:
                     yield chunk
                     chunk, elements = [], 0
@@ -275,7 +277,7 @@ class Meter:
         for chunk in self._chunks([view for view in self._views if not view.master.sharded]):
             inputs = self._inputs(chunk)
             for view in chunk:
-                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], view.weight().shape[1]))
+                whole = Block(slice(None), deltas.pop(view.name).view(view.row_part.shape[0], view.columns))
                 self._block_sums(view, [whole], inputs[view.name], group_rank(view.data_group) == 0)
         for members, exchange in self._exchanges:
             rows = exchange.whole_rows([deltas[view.name] for view in members])

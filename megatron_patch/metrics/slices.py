@@ -65,7 +65,7 @@ class SliceExchange:
         self._device = device
         own = torch.tensor([[v.master.start, v.master.stop] for v in views], dtype=torch.int64, device=device)
         ranges = all_gather_flat(own, group).view(group_size(group), len(views), 2).tolist()
-        self._widths = [view.weight().shape[1] for view in views]
+        self._widths = [view.columns for view in views]
         self._first: list[list[int]] = []
         """[rank][layer]: first row that the rank owns."""
         self._last: list[list[int]] = []

@@ -61,7 +61,7 @@ class _Lanczos:
         # Powers of two are exact. Without them squares of entries below 1e-19 would vanish in fp32.
         exponent = -torch.log2(largest.clamp_min(1e-45)).round().clamp(-120, 120)
         self.scale = torch.exp2(torch.where(largest > 0, exponent, 0)).float()
-        length = view.weight().shape[0 if self.row else 1]
+        length = view.row_part.shape[0] if self.row else view.columns
         generator = torch.Generator().manual_seed(length)
         self.x = torch.randn(length, parts, generator=generator).to(view.row_part.device)
         if self.row:

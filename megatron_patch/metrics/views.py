@@ -82,6 +82,14 @@ class LinearView:
     """Whether the captured tokens are split over `shard_group` (sequence parallelism)."""
     block_diagonal: bool = False
     """Whether each of the P parts reads a stretch of the inputs of its own, [B, P C_loc], as a grouped convolution."""
+    gathered_shape: tuple[int, int] | None = None
+    """Shape of the weight where `weight` is a collective call over `data_group`, whose ranks hold a part each (ZeRO 3);
+    None where every rank holds it."""
+
+    @property
+    def columns(self) -> int:
+        """C_loc."""
+        return self.gathered_shape[1] if self.gathered_shape else self.weight().shape[1]
 
     @property
     def counts_own_tokens(self) -> bool:

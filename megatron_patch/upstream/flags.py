@@ -11,6 +11,7 @@ from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthCo
 from megatron_patch.config.arguments import add_arguments
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.alarm import read_proxy
+from megatron_patch.upstream.engine.ds_config import plan_engine
 from megatron_patch.upstream.refusals import Feature, refuse
 from megatron_patch.upstream.width.bases import settle_bases, sizes_left_out
 
@@ -134,6 +135,9 @@ def validate(args: Any, left_out: Collection[str] = ()) -> Settings:
     if settings.metrics.reference_run is not None:
         _check_reference(settings.metrics)
     _refuse_together(settings, args)
+    if settings.engine.file is not None:
+        plan_engine(settings.engine.file, args)
+        _run_once(args)
     if settings.active:
         _check_learning_rates(args, settings.width)
         _check_initialisation(args, settings.width)
@@ -150,6 +154,16 @@ def _refuse_together(settings: Settings, args: Any) -> None:
         refuse(Feature.ANY, vars(args))
     if settings.metrics.active:
         refuse(Feature.METRICS, vars(args))
+    if settings.engine.active:
+        refuse(Feature.ENGINE, vars(args))
+
+
+def _run_once(args: Any) -> None:
+    """Keep Megatron from repeating forward and backward passes, whose gradients ZeRO would add to those it has."""
+    if getattr(args, "rerun_mode", "disabled") != "disabled":
+        if args.rank == 0:
+            print("> --deepspeed sets --rerun-mode disabled (ZeRO cannot repeat a backward pass)", flush=True)
+        args.rerun_mode = "disabled"
 
 
 def _check_reference(metrics: MetricsConfig) -> None:

@@ -14,6 +14,7 @@ from megatron_patch.errors import AuditError
 from megatron_patch.upstream import flags
 from megatron_patch.upstream.agreement import check_agreement
 from megatron_patch.upstream.datasets import skip_compile_helpers
+from megatron_patch.upstream.engine.back_end import BackEnd
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, install
 from megatron_patch.upstream.monitor.monitor import AlignmentMonitor, watch
 from megatron_patch.upstream.ranks import collectively
@@ -181,6 +182,7 @@ def feature_hooks(settings: Settings) -> tuple[Hook, ...]:
             "record evaluations in run.json",
         ),
         Hook(f"{_TRAINING}:train", (), around(run.train), "record the end of training in run.json"),
+        *(run.engine.hooks() if run.engine else ()),
     )
 
 
@@ -192,6 +194,8 @@ class _Run:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.engine = BackEnd(settings.engine.file) if settings.engine.active and settings.engine.file else None
+        self._audit: Callable[[], None] = lambda: None
         self._planned: PlannedRun | None = None
         self._recorder: Recorder | None = None
         self._told: set[str] = set()
@@ -200,6 +204,8 @@ class _Run:
         from megatron.training import get_args, print_rank_0
 
         check_agreement(get_args(), self._settings.allow_rank_differences, print_rank_0)
+        if self.engine:
+            call = self.engine.build(config, model)
         self._planned = PlannedRun.build(self._settings, call, config, model, overrides)
         return self._planned.optimizer
 
@@ -236,6 +242,7 @@ class _Run:
                 "decay; let Megatron's setup_model_and_optimizer build it, or drop the width-transfer flags"
             )
         planned.audit(optimizer, scheduler)
+        self._audit = lambda: planned.audit(optimizer, scheduler)
         self._recorder = Recorder(planned, optimizer, metrics.directory, args)
         directory = metrics.directory
         if metrics.active and directory is not None:
@@ -247,6 +254,13 @@ class _Run:
             watch(monitor, optimizer)
 
     def log(self, _: Any, iteration: int, losses: dict[str, Any]) -> None:
+        """After every iteration.
+
+        Raises:
+            AuditError: with --audit-interval, the optimizer no longer holds the plan.
+        """
+        if self._settings.audit_interval and iteration % self._settings.audit_interval == 0:
+            self._audit()
         if self._recorder:
             self._recorder.logged(iteration, losses)
 

@@ -14,6 +14,8 @@ class Feature(Enum):
     ANY = auto()
     """Whatever changes or measures a run: width scaling, an extra warmup, metrics."""
     METRICS = auto()
+    ENGINE = auto()
+    """DeepSpeed's engine."""
     CPU = auto()
 
 
@@ -74,6 +76,10 @@ def _second_shards(attribute: str, flag: str) -> Refusal:
 def _inexact(attribute: str, flag: str, fine: tuple[Any, ...], expected: str) -> Refusal:
     """What the metrics cannot be exact with."""
     return Refusal(attribute, flag, fine, Feature.METRICS, f"{expected}, while metrics are on", _DROP_METRICS)
+
+
+def _not_with_engine(attribute: str, flag: str, fine: tuple[Any, ...], expected: str, fix: str = "drop it") -> Refusal:
+    return Refusal(attribute, flag, fine, Feature.ENGINE, f"with --deepspeed {expected}", f"{fix}, or drop --deepspeed")
 
 
 def _needs_gpu(flag: str, reason: str, harmless: str | None = None) -> Refusal:
@@ -162,6 +168,93 @@ TABLE: tuple[Refusal, ...] = (
         got=None,
         applies=lambda settings: bool(settings.get("num_experts")) and settings["tensor_model_parallel_size"] > 1,
     ),
+    _not_with_engine(
+        "pipeline_model_parallel_size",
+        "--pipeline-model-parallel-size",
+        (None, 1),
+        "1: the engine has no stages of Megatron's pipeline",
+        "set it to 1",
+    ),
+    _not_with_engine(
+        "context_parallel_size", "--context-parallel-size", (None, 1), "1: not tested (it needs a GPU)", "set it to 1"
+    ),
+    _not_with_engine(
+        "num_experts", "--num-experts", (None, 0), "no experts: they have data-parallel groups of their own"
+    ),
+    _not_with_engine(
+        "use_distributed_optimizer", "--use-distributed-optimizer", _OFF, "no such flag: ZeRO shards the optimizer"
+    ),
+    _not_with_engine(
+        "use_layer_wise_distributed_optimizer",
+        "--use-layer-wise-distributed-optimizer",
+        _OFF,
+        "no such flag: ZeRO shards the optimizer",
+    ),
+    _not_with_engine(
+        "overlap_grad_reduce",
+        "--overlap-grad-reduce",
+        _OFF,
+        "no such flag: zero_optimization.overlap_comm in the JSON file is the engine's",
+    ),
+    _not_with_engine(
+        "overlap_param_gather", "--overlap-param-gather", _OFF, "no such flag: the engine gathers parameters itself"
+    ),
+    _not_with_engine(
+        "use_precision_aware_optimizer",
+        "--use-precision-aware-optimizer",
+        _OFF,
+        "no such flag: the engine keeps the fp32 weights",
+    ),
+    _not_with_engine("fp16", "--fp16", _OFF, "--bf16 or fp32: loss scaling by the engine is not tested", "give --bf16"),
+    _not_with_engine(
+        "fp8_param_gather", "--fp8-param-gather", _OFF, "no such flag: the engine gathers parameters itself"
+    ),
+    _not_with_engine(
+        "calculate_per_token_loss",
+        "--calculate-per-token-loss",
+        _OFF,
+        "a loss per sequence: gradients cannot be scaled once the engine has reduced them",
+    ),
+    _not_with_engine(
+        "gradient_accumulation_fusion",
+        "--no-gradient-accumulation-fusion",
+        _OFF,
+        "the flag: the fused kernel writes gradients where the engine does not look",
+        "add it",
+    ),
+    _not_with_engine("async_save", "--async-save", _OFF, "no such flag: the engine saves while the run waits"),
+    _not_with_engine("ckpt_format", "--ckpt-format", (None, "torch_dist"), "torch_dist, beside the engine's own files"),
+    _not_with_engine("ckpt_convert_format", "--ckpt-convert-format", (None,), "no conversion"),
+    _not_with_engine(
+        "non_persistent_save_interval", "--non-persistent-save-interval", (None,), "checkpoints of one kind"
+    ),
+    _not_with_engine("pretrained_checkpoint", "--pretrained-checkpoint", (None,), "--load"),
+    _not_with_engine(
+        "override_width_scaling",
+        "--override-width-scaling",
+        _OFF,
+        "the checkpoint's hyperparameters: the engine keeps its state by place in the param groups",
+    ),
+    _not_with_engine(
+        "skip_train", "--skip-train", _OFF, "training: the engine's checkpoints are loaded with its optimizer"
+    ),
+    _not_with_engine(
+        "init_model_with_meta_device", "--init-model-with-meta-device", _OFF, "weights that are there when it is built"
+    ),
+    _not_with_engine(
+        "log_params_norm", "--log-params-norm", _OFF, "no such flag: at stage 3 no rank holds the parameters"
+    ),
+    _not_with_engine(
+        "log_num_zeros_in_grad",
+        "--log-num-zeros-in-grad",
+        _OFF,
+        "no such flag: the engine keeps the gradients to itself",
+    ),
+    _not_with_engine("save_wgrads_interval", "--save-wgrads-interval", (None,), "no dumps of gradients"),
+    _not_with_engine("save_params_interval", "--save-params-interval", (None,), "no dumps of parameters"),
+    _not_with_engine("qk_clip", "--qk-clip", _OFF, "no such flag: it writes to weights that the engine keeps in fp32"),
+    _not_with_engine("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), "none: ZeRO runs Python in both passes"),
+    _not_with_engine("optimizer_cuda_graph", "--optimizer-cuda-graph", _OFF, "no such flag: ZeRO's step runs Python"),
     _needs_gpu("--fp8-format", "fp8 needs Transformer Engine"),
     _needs_gpu("--fp4-format", "fp4 needs Transformer Engine"),
     _needs_gpu("--multi-latent-attention", "the local spec's attention does not take the head sizes of MLA"),

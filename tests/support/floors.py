@@ -25,10 +25,10 @@ FLOORS = {
     "cluster": Floor("what the hosts of a run have, and whether it is the same"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "upstream": Floor(
-        "the hooks: the only place that knows Megatron and Transformer Engine",
+        "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
         "errors theory files config cluster metrics",
         # packaging: the versions that Megatron compares are its objects
-        "torch packaging megatron",
+        "torch packaging megatron deepspeed",
     ),
     "plain": Floor(
         "rules, warmups, audit and metrics for any torch model: DDP, FSDP2, DeepSpeed's engine; without Megatron",

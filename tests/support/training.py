@@ -272,7 +272,7 @@ def global_names(model: Sequence[Any]) -> dict[str, Any]:
     from megatron.core.utils import unwrap_model
 
     found = {}
-    for chunk in unwrap_model(model):
+    for chunk in unwrap_model([getattr(chunk, "module", chunk) for chunk in model]):  # the engine's wrapper is ours
         renamed: dict[str, str] = {}  # prefix of a module here -> prefix in the whole model
         for name, module in chunk.named_modules():
             if isinstance(module, TransformerLayer):

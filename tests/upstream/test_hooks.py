@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig
+from megatron_patch.config import EngineConfig, MetricsConfig, Settings, WarmupConfig, WidthConfig
 from megatron_patch.errors import UpstreamChanged
 from megatron_patch.upstream.hooks import Hook, Installation, after, around, before, check_version, install
 from tests.support.pool import Pool
@@ -323,7 +323,10 @@ def test_no_megatron_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- on the real Megatron --------------------------------------------------------------------------------------------
 
 EVERYTHING = Settings(
-    WidthConfig("sqrt", 32), WarmupConfig("decay-away"), MetricsConfig(1, spectral_interval=1, directory="x")
+    WidthConfig("sqrt", 32),
+    WarmupConfig("decay-away"),
+    MetricsConfig(1, spectral_interval=1, directory="x"),
+    EngineConfig(True, "x.json"),
 )
 
 
@@ -377,6 +380,11 @@ READ = {
     "megatron.training.training:evaluate": set(),
     "megatron.training.training:evaluate_and_print_results": {"prefix", "iteration"},
     "megatron.training.training:train": set(),
+    "megatron.training.training:wrap_model_chunks_with_ddp": {"model_chunks", "config", "ddp_config"},
+    "megatron.training.models.dist_utils:_ddp_wrap": {"model", "ddp_config"},
+    "megatron.core.pipeline_parallel.schedules:backward_step": {"output_tensor"},
+    "megatron.training.training:save_checkpoint": {"iteration", "model", "optimizer"},
+    "megatron.training.training:load_checkpoint": {"ddp_model", "optimizer", "load_arg"},
 }
 
 
@@ -402,6 +410,11 @@ SOURCES = {
     "megatron.training.training:evaluate": "a8be7269bc27",
     "megatron.training.training:evaluate_and_print_results": "699dfbe69cf2",
     "megatron.training.training:train": "3c2299658ae7",
+    "megatron.training.training:wrap_model_chunks_with_ddp": "f172eba11769",
+    "megatron.training.models.dist_utils:_ddp_wrap": "13b438c37660",
+    "megatron.core.pipeline_parallel.schedules:backward_step": "435628e2479e",
+    "megatron.training.training:save_checkpoint": "b652984ca8c8",
+    "megatron.training.training:load_checkpoint": "4f03d48a7938",
 }
 
 

@@ -41,6 +41,11 @@ def test_what_metrics_do_not_go_with(settings: dict[str, Any], text: str) -> Non
     refuse(Feature.ANY, {**FINE, **settings})
 
 
+@pytest.mark.parametrize(("settings", "text"), GOLDEN["engine"])
+def test_what_deepspeeds_engine_does_not_go_with(settings: dict[str, Any], text: str) -> None:
+    assert said(Feature.ENGINE, settings) == text
+
+
 @pytest.mark.parametrize(("words", "text"), GOLDEN["cpu"])
 def test_what_a_cpu_cannot_do(words: list[str], text: str | None) -> None:
     if text is None:
@@ -56,6 +61,7 @@ def test_every_row_is_among_them() -> None:
     met = {(Feature.ANY, name) for settings, _ in GOLDEN["width"] for name in settings}
     met |= {(Feature.METRICS, name) for settings, _ in GOLDEN["metrics"] for name in settings}
     met |= {(Feature.METRICS, "sequence_parallel")}  # refused where it is not given
+    met |= {(Feature.ENGINE, name) for settings, _ in GOLDEN["engine"] for name in settings}
     met |= {(Feature.CPU, words[0]) for words, _ in GOLDEN["cpu"]}
     assert {(row.feature, row.attribute) for row in TABLE} <= met
     assert len({(row.feature, row.attribute) for row in TABLE}) == len(TABLE)

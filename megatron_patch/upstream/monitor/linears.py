@@ -12,6 +12,7 @@ from torch.nn import functional
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
+from megatron_patch.upstream.engine.partitioned import gathered, is_partitioned
 from megatron_patch.upstream.monitor.experts import ExpertTokens, find_experts
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
@@ -124,7 +125,7 @@ def _weights(
         for key, parameter in module.named_parameters(recurse=False):
             described = by_parameter.get(id(parameter))
             is_output = local_name.split(".")[-1] == "output_layer"
-            if described is None or parameter.dim() != 2:
+            if described is None or len(_local_shape(parameter)) != 2:
                 continue
             if described.spec.role not in ("matrix", "output") and not is_output:
                 continue
@@ -189,7 +190,7 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master)
         shard_group = groups.get_tensor_model_parallel_group()
         data_group = groups.get_data_parallel_group(with_context_parallel=True)
     shards, shard = group_size(shard_group), group_rank(shard_group)
-    rows_local, width = weight.parameter.shape
+    rows_local, width = _local_shape(weight.parameter)
     fan_out = rows_local * (shards if kind == "column" else 1)
     fan_in = width * (shards if kind == "row" else 1)
     parts, row_part = _parts(weight.name, kind, rows_local, shard, config)
@@ -204,12 +205,18 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master)
         kind=kind,
         rows=rows,
         row_part=row_part.to(weight.parameter.device),
-        weight=_dequantised(weight.parameter),
+        weight=gathered(weight.parameter) if is_partitioned(weight.parameter) else _dequantised(weight.parameter),
         master=master.piece,
         shard_group=shard_group,
         data_group=master.slice_group or data_group,
         scattered=bool(config.sequence_parallel) and shards > 1 and kind != "row" and not is_expert,
+        gathered_shape=(rows_local, width) if is_partitioned(weight.parameter) else None,
     )
+
+
+def _local_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of this tensor-parallel rank's shard, also where ZeRO 3 has left nothing of it between uses."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)  # type: ignore[attr-defined]
 
 
 def _expert_mean(name: str) -> str:

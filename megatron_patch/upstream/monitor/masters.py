@@ -38,6 +38,9 @@ def find_masters(optimizer: Any) -> Callable[[torch.nn.Parameter], Master]:
     Raises:
         ConfigError: an optimizer that keeps no fp32 weights this package can read.
     """
+    if hasattr(optimizer, "find_master"):  # one of this package's own
+        finder: Callable[[torch.nn.Parameter], Master] = optimizer.find_master
+        return finder
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 

@@ -55,7 +55,9 @@ def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.
     for child in child_optimizers(optimizer):
         groups = child.optimizer.param_groups
         members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
-        if isinstance(child, DistributedOptimizer):
+        if hasattr(child, "group_members"):  # one of this package's own
+            members = child.group_members()
+        elif isinstance(child, DistributedOptimizer):
             for parameter, (index, _) in child.model_param_group_index_map.items():
                 members[index].append(parameter)
         elif isinstance(child, Float16OptimizerWithFloat16Params):

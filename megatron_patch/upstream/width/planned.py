@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.config import Settings
-from megatron_patch.errors import AuditError
+from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.upstream.ranks import collectively, gather
 from megatron_patch.upstream.width.audit import (
     adopt_live_groups,
@@ -91,6 +91,7 @@ class PlannedRun:
         if not state_dict or "args" not in state_dict:
             return None
         ours = get_args()
+        _check_back_end(state_dict["args"], ours)
         weights_only = bool(release or ours.finetune or ours.no_load_optim)
         legacy = kind == CheckpointType.LEGACY
         return check_checkpoint(state_dict["args"], ours, self.plan, weights_only, in_groups=legacy)
@@ -103,6 +104,19 @@ class PlannedRun:
             audit_schedule(self.plan, optimizer, scheduler)
 
         collectively(both)
+
+
+def _check_back_end(saved: Any, ours: Any) -> None:
+    """Raise ConfigError where one of the two runs is on DeepSpeed's engine, whose checkpoints are its own."""
+    then, now = bool(getattr(saved, "deepspeed", False)), bool(getattr(ours, "deepspeed", False))
+    if then != now:
+        raise ConfigError(
+            "--load",
+            ours.load,
+            f"a checkpoint of a run {'with' if now else 'without'} --deepspeed: weights and optimizer state are kept in"
+            " another way",
+            f"{'drop' if now else 'add'} --deepspeed, or give another checkpoint",
+        )
 
 
 def _make_plan(settings: Settings, config: Any, model: Any) -> Plan:

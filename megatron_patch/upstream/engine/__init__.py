@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO engine under Megatron's own training loop."""
