@@ -59,14 +59,18 @@ group_alive() { # PGID
     ps -A -o pgid=,stat= 2> /dev/null | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { found = 1 } END { exit !found }'
 }
 
+show() { # COMMAND...
+    printf '+'
+    printf ' %q' "$@"
+    echo
+}
+
 # Echo the command, run it in a process group of its own, exit with its code. It does two things that the deepspeed
 # command (0.19.8) does not do on one node: a signal reaches launch.py and the ranks, not only the runner; and exit
 # code 0 is not believed while ranks are still alive, which is how it ends when launch.py was killed for lack of memory.
 run_watched() { # COMMAND...
     local group status=0 patience="${LAUNCH_PATIENCE:-30}"
-    printf '+'
-    printf ' %q' "$@"
-    echo
+    show "$@"
     set -m
     "$@" < /dev/null &
     group=$!
@@ -81,4 +85,19 @@ run_watched() { # COMMAND...
         ((status != 0)) || status=1
     fi
     exit "$status"
+}
+
+# The Python that the deepspeed command is run by: its first line names it.
+python_of_deepspeed() {
+    local first="" found
+    found="$(command -v deepspeed)"
+    IFS= read -r first < "$found" || true
+    first="${first#\#!}"
+    if [[ -x "$first" && "${first##*/}" == python* ]]; then
+        echo "$first"
+    elif [[ -x "${found%/*}/python" ]]; then
+        echo "${found%/*}/python"
+    else
+        command -v python3 || die "no python beside $found: activate the environment it is installed in"
+    fi
 }

@@ -20,6 +20,7 @@ usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option .
   --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
   --node-rank K       line number in the hostfile, from 0
   --log-dir DIR       one log file per rank instead of one stream
+  --no-doctor         do not compare the machines before the start (with ssh)
   --help
 
 Everything else goes to `megatron_patch run` as it is: [SCRIPT.py], Megatron's flags, megatron_patch's flags.
@@ -39,7 +40,10 @@ hostfile=""
 master_addr=""
 ssh_port=""
 node_rank=""
+master_port=29500
+log_dir=""
 ssh=true
+watch=()
 environment=()
 launcher=()
 flags=()
@@ -53,11 +57,16 @@ while (($#)); do
         --config) need "$@" && config="$2" ;;
         --hostfile) need "$@" && hostfile="$2" ;;
         --master-addr) need "$@" && master_addr="$2" ;;
-        --master-port) need "$@" && launcher+=(--master_port "$2") ;;
+        --master-port) need "$@" && master_port="$2" && launcher+=(--master_port "$2") ;;
         --ssh-port) need "$@" && ssh_port="$2" ;;
         --env) need "$@" && environment+=("$2") ;;
         --node-rank) need "$@" && node_rank="$2" ;;
-        --log-dir) need "$@" && launcher+=(--enable_each_rank_log "$2") ;;
+        --log-dir) need "$@" && log_dir="$2" && launcher+=(--enable_each_rank_log "$2") ;;
+        --no-doctor)
+            watch+=(--no-doctor)
+            shift
+            continue
+            ;;
         --no-ssh)
             ssh=false
             shift
@@ -92,6 +101,7 @@ for setting in "${environment[@]}"; do
         die "--env $setting: the variable is not set here; give --env $setting=VALUE"
     fi
 done
+[[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] || die "--master-port $master_port: expected 1 to 65535"
 [[ -z "$master_addr" ]] || launcher=(--master_addr "$master_addr" "${launcher[@]}")
 run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
 
@@ -111,6 +121,7 @@ if [[ -n "$ssh_port" ]]; then
         die "--ssh-port $ssh_port: expected 1 to 65535"
     fi
     launcher=(--ssh_port "$ssh_port" "${launcher[@]}")
+    watch+=(--ssh-port "$ssh_port")
 fi
 
 # pdsh hands the command to a shell on every machine, DeepSpeed quotes nothing but spaces, and pdsh expands %.
@@ -154,5 +165,12 @@ for setting in "${environment[@]}"; do
     name="${setting%%=*}"
     forward "$name" "${!name}" "--env"
 done
-export DS_ENV_FILE="$env_file"
-run_watched deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}"
+
+# From here on a program of ours stands between: it starts the command, watches every machine, ends what is left anywhere,
+# and says in one line why a run failed. It removes the file, so no trap must.
+[[ -z "$log_dir" ]] || watch+=(--log-dir "$log_dir")
+command=(deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}")
+python="$(python_of_deepspeed)"
+show "${command[@]}"
+exec "$python" "$here/supervise.py" --name "${0##*/}" --hostfile "$hostfile" --master-port "$master_port" \
+    --env-file "$env_file" "${watch[@]}" -- "${command[@]}"

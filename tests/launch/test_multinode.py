@@ -133,6 +133,9 @@ def test_environment_file(bench: Bench) -> None:
     )
     assert result.code == 0, result.err
     lines = (result.calls[0]["env_file"] or "").splitlines()
+    jobs = [line for line in lines if line.startswith("MEGATRON_PATCH_JOB=")]
+    assert len(jobs) == 1 and jobs[0] in result.out.replace("> job ", "MEGATRON_PATCH_JOB=")
+    lines.remove(jobs[0])
     assert sorted(lines) == sorted(
         [
             "CUDA_DEVICE_MAX_CONNECTIONS=1",

@@ -3,21 +3,19 @@
     with TwoHosts(folder) as hosts:
         hosts.a.run("ssh", "nodeb", "hostname")
 
-The file system is shared, as on a cluster. Everything of a host (addresses, /etc/hosts, the ssh client's settings, keys,
-/run) is inside its namespaces, and they end with the process that made them, however it ends: nothing of the machine is
-changed, and any number of pairs may live side by side.
+The file system is shared, as on a cluster. Everything of a host (addresses, /etc/hosts, the ssh client's settings,
+keys, /run) is inside its namespaces, and they end with the process that made them, however it ends: nothing of the
+machine is changed, and any number of pairs may live side by side.
 """
 
 import contextlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -133,8 +131,7 @@ class Host:
         init = INIT.format(folder=folder, name=name, address=address, sshd=_which("sshd"))
         # The namespaces end with unshare, and unshare ends with us.
         self._holder = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--uts"]
-            + ["--fork", "--kill-child", "bash", "-c", init],
+            [*"setpriv --pdeathsig KILL unshare --net --mount --pid --uts --fork --kill-child bash -c".split(), init],
             stdin=subprocess.PIPE,
             stdout=(folder / f"{name}.log").open("w"),
             stderr=subprocess.STDOUT,
@@ -179,7 +176,7 @@ class Host:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 pairs = (pair.partition(b"=") for pair in (entry / "environ").read_bytes().split(b"\0"))
                 environment = {name.decode(): value.decode(errors="replace") for name, _, value in pairs}
-                if "Z" != (entry / "stat").read_text().rpartition(")")[2].split()[0]:
+                if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                     yield int(entry.name), b" ".join(words).decode(errors="replace"), environment
 
     def close(self) -> None:
@@ -220,9 +217,7 @@ class TwoHosts:
     def __enter__(self) -> "TwoHosts":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -238,11 +233,6 @@ class TwoHosts:
         """Plug it in again."""
         self.b.run("ip", "link", "set", "eth0", "up")
 
-    def left(self, job: str) -> list[tuple[str, int, str]]:
-        """Every process of a job, by the job id in its environment: host, PID, command line."""
-        found = [(host.name, *entry) for host in self.both for entry in host.processes()]
-        return [(name, pid, words) for name, pid, words, env in found if env.get("MEGATRON_PATCH_JOB", "") == job]
-
 
 def environment(**more: str) -> Mapping[str, str]:
     """A small environment for commands on a host, with the Python that runs the tests first on PATH."""
@@ -257,8 +247,3 @@ def wait_for(condition: Any, what: str, why: Any = lambda: "", patience: float =
     while not condition():
         assert time.monotonic() < deadline, f"waited {patience} s for {what}: {why()}"
         time.sleep(0.05)
-
-
-def shown(words: list[str]) -> str:
-    """A command line, for messages."""
-    return shlex.join(words)
