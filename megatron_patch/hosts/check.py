@@ -1,5 +1,6 @@
 """What is asked of all hosts before a job may start, all at once and in seconds."""
 
+import contextlib
 import os
 import secrets
 import time
@@ -95,16 +96,14 @@ def examine(hosts: Hosts, wanted: Wanted) -> list[Trouble]:
     answers = hosts.ask("facts", port=None, **common)
     ended = time.time()
     troubles = []
-    try:
+    with contextlib.suppress(Lost, OSError):  # then its other answer is one, too
         if why := hosts.first.answer(first)["port"]:
             text = f"nobody can listen on port {wanted.port} ({why}): another job? give another --master-port"
             troubles.append(Trouble(hosts.first.host, text))
-    except (Lost, OSError) as error:
-        troubles.append(Trouble(hosts.first.host, str(error)))
-    reference = next((answer for answer in answers.values() if isinstance(answer, dict)), {})
+    model, reference = next(((h, a) for h, a in answers.items() if isinstance(a, dict)), ("", {}))
     for host, answer in answers.items():
         if isinstance(answer, dict):
-            troubles += _of_host(host, answer, hosts.first.host, reference, wanted)
+            troubles += _of_host(host, answer, model, reference, wanted)
             if not began - CLOCKS <= answer["time"] <= ended + CLOCKS:
                 text = f"its clock is {answer['time'] - ended:+.0f} s from that of the launching side"
                 troubles.append(Trouble(host, text, fatal=False))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # pdsh puts the host before each line, torch the rank before each line of an exception that nobody catches.
 _ORIGIN = re.compile(r"(?:(?P<host>[^\s:]+): )?(?:\[(?P<rank>rank\d+)\]: ?)?(?P<text>.*)")
 _ERROR = re.compile(
-    r"(?:error|refused): |(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Changed|Refuses)\b(?:: |$)"
+    r"(?:error|refused): |(?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception|Interrupt|Changed|Refuses)\b(?:: |$)"
 )
 _CODE = re.compile(r".*\bexits with return code = (-?\d+)")
 _PDSH = re.compile(r"pdsh@\S+: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")

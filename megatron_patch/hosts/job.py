@@ -92,7 +92,8 @@ class Launch:
                     Finding(there, "the launcher on the launching side (deepspeed or pdsh) was killed, the ranks not")
                 )
             left = self._end_everywhere()
-            self._read_logs(began)
+            if code != 0 or self._failed:
+                self._read_logs(began)
             return self._verdict(code, left)
 
     @property
@@ -252,7 +253,7 @@ class Launch:
 
     def _read_logs(self, began: float) -> None:
         """With a log file per rank, errors are in them."""
-        if self._job.log_dir is None or not self._failed:
+        if self._job.log_dir is None:
             return
         for host, answer in self._hosts.ask("logs", folder=self._job.log_dir, since=began).items():
             for rank, text in answer if isinstance(answer, list) else []:
@@ -282,7 +283,7 @@ class Launch:
         if first is None and self._errors.failed:
             host, number = self._errors.failed[0]
             first = Finding(host, f"its command ended with exit code {number}")
-        self.say(f"failed, exit code {code}: {first or 'the launcher was ended; see its output'}{also}")
+        self.say(f"failed, exit code {code}: {first or 'the launcher gave no reason; see what was printed'}{also}")
         return code
 
     def _record(self) -> Finding | str | None:
