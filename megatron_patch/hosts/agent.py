@@ -39,6 +39,7 @@ class Agent:
         self._heard = time.monotonic()
         self._gone: queue.Queue[bool] = queue.Queue()
         self._silence = SILENCE
+        self._ending = False
 
     def do_alive(self) -> dict[str, int]:
         """How many processes of the job there are."""
@@ -52,8 +53,7 @@ class Agent:
 
     def do_end(self, job: str, patience: float) -> dict[str, Any]:
         """End a job."""
-        if job == self._job:
-            self._watch = None
+        self._ending = self._ending or job == self._job
         return end(job, patience)
 
     def do_lock(self, save: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Agent:
             with contextlib.suppress(queue.Empty):
                 self._gone.get(timeout=0.5)
                 break
-            if self._watch:
+            if self._watch and not self._ending:
                 self._watch.look()
             if self._lock and time.monotonic() - beaten > BEAT:
                 beaten = time.monotonic()

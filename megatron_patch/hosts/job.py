@@ -29,6 +29,10 @@ PATIENCE_ASKED = 30.0
 """The same where a user or a scheduler ends the run: Megatron may be saving."""
 
 
+CLOCKS = 30.0
+"""Seconds by which the clocks of hosts may differ unseen."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is started."""
@@ -255,7 +259,7 @@ class Launch:
         """With a log file per rank, errors are in them."""
         if self._job.log_dir is None:
             return
-        for host, answer in self._hosts.ask("logs", folder=self._job.log_dir, since=began).items():
+        for host, answer in self._hosts.ask("logs", folder=self._job.log_dir, since=began - CLOCKS).items():
             for rank, text in answer if isinstance(answer, list) else []:
                 for line in text.splitlines():
                     self._errors.read(line if line.startswith("[rank") else f"[rank{rank}]: {line}", host)
