@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 # pdsh puts the host before each line, torch the rank before each line of an exception that nobody catches.
-_ORIGIN = re.compile(r"(?:(?P<host>[^\s:]+): )?(?:\[(?P<rank>rank\d+)\]: ?)?(?P<text>.*)")
+_ORIGIN = re.compile(r"(?:(?P<host>[^\s:\[]+): )?(?:\[(?P<rank>rank\d+)\]: ?)?(?P<text>.*)")
 _ERROR = re.compile(
     r"(?:error|refused): |(?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception|Interrupt|Changed|Refuses)\b(?:: |$)"
 )
@@ -63,8 +63,7 @@ class FirstError:
             return
         named, text = found["host"] or "", found["text"]
         if named not in self._hosts:
-            named, text = "", line.rstrip("\r\n")
-            text = re.sub(r"^\[rank\d+\]: ?", "", text)
+            named, text = "", f"{named}: {text}" if named else text
         host = named or host
         where = f"{found['rank'].replace('rank', 'rank ')}: " if found["rank"] else ""
         if code := _CODE.match(text):
