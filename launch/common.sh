@@ -31,7 +31,7 @@ check_visible() { # WHERE LINE
     [[ "$2" != *[^[:print:][:space:]]* ]] || die "$1: $(printf %q "$2"): expected plain ASCII; type the line anew"
 }
 
-# DeepSpeed ends in a traceback, exit code 1, at what is refused here; `slots=8x` it would take for 8.
+# DeepSpeed ends in a traceback, exit code 1, at what is refused here; `slots=8x` it would take for 8. Sets hosts_in_file.
 check_hostfile() { # FILE [NODE_RANK]
     local file="$1" rank="${2:-}" line where host number=0 nodes=0
     local -A seen=()
@@ -49,6 +49,8 @@ check_hostfile() { # FILE [NODE_RANK]
         seen[$host]="$number"
         nodes=$((nodes + 1))
     done < "$file"
+    # shellcheck disable=SC2034  # pretrain_multinode.sh has it
+    hosts_in_file=$nodes
     ((nodes > 0)) || die "--hostfile $file: no line \"HOST slots=GPUS\": expected one per machine; write them"
     [[ -z "$rank" ]] || ((10#$rank < nodes)) \
         || die "--node-rank $rank: expected 0 to $((nodes - 1)), since $file has $nodes hosts; count its lines from 0"

@@ -124,6 +124,9 @@ if [[ -n "$ssh_port" ]]; then
     watch+=(--ssh-port "$ssh_port")
 fi
 
+# With one host DeepSpeed would start the ranks here, whichever host it is.
+((hosts_in_file > 1)) || launcher=(--force_multi "${launcher[@]}")
+
 # pdsh hands the command to a shell on every machine, DeepSpeed quotes nothing but spaces, and pdsh expands %.
 harmless='^[A-Za-z0-9 _@+=:,./^-]*$'
 [[ "$PWD" =~ $harmless && "$PWD" != *" "* ]] || die "the working directory $PWD: a remote shell would take it apart"

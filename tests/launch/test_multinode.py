@@ -90,6 +90,13 @@ def test_hostfiles_that_deepspeed_reads(bench: Bench, content: str) -> None:
     assert bench.run("pretrain_multinode.sh", *ARGUMENTS).code == 0
 
 
+def test_one_host_is_reached_over_ssh_too(bench: Bench) -> None:
+    """DeepSpeed alone would start its ranks on the launching machine."""
+    (bench.folder / "hosts").write_text("node1 slots=8\n")
+    result = bench.run("pretrain_multinode.sh", *ARGUMENTS)
+    assert result.argv == ["--hostfile", "hosts", "--force_multi", *RUN]
+
+
 def test_ssh_port(bench: Bench) -> None:
     from deepspeed.launcher.runner import parse_args
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.two_hosts import LAUNCH, PATIENCE, TINY, Host, TwoHosts, environment, wait_for
@@ -108,10 +109,14 @@ class Start:
 
     def trains(self, lines: int = 4) -> "Start":
         """Wait until both ranks are at work."""
+        return self.until(lambda: len(re.findall(r" iteration +\d", self.output)) >= lines)
+
+    def until(self, condition: Callable[[], bool]) -> "Start":
+        """Wait for a condition; the run must not end before."""
 
         def done() -> bool:
             assert self.process.poll() is None, self.output[-3000:]
-            return len(re.findall(r" iteration +\d", self.output)) >= lines
+            return condition()
 
         wait_for(done, "training", lambda: self.output[-3000:])
         self.happened = time.monotonic()
