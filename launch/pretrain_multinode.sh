@@ -102,6 +102,7 @@ for setting in "${environment[@]}"; do
     fi
 done
 [[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] || die "--master-port $master_port: expected 1 to 65535"
+[[ -z "$log_dir" ]] || watch+=(--log-dir "$log_dir")
 [[ -z "$master_addr" ]] || launcher=(--master_addr "$master_addr" "${launcher[@]}")
 run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
 
@@ -110,7 +111,8 @@ if [[ "$ssh" == false ]]; then
     [[ -z "$ssh_port" ]] || die "--ssh-port $ssh_port: nothing goes over ssh with --no-ssh; drop one of them"
     # Without it DeepSpeed asks the first host over ssh, --no_ssh or not.
     [[ -n "$master_addr" ]] || die "--no-ssh needs --master-addr, the address of the first machine"
-    run_watched deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
+    run_watched --one-of-several "${watch[@]}" \
+        -- deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
 fi
 
 [[ -z "$node_rank" ]] || die "--node-rank $node_rank: only together with --no-ssh"
@@ -169,11 +171,6 @@ for setting in "${environment[@]}"; do
     forward "$name" "${!name}" "--env"
 done
 
-# From here on a program of ours stands between: it starts the command, watches every machine, ends what is left anywhere,
-# and says in one line why a run failed. It removes the file, so no trap must.
-[[ -z "$log_dir" ]] || watch+=(--log-dir "$log_dir")
-command=(deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}")
-python="$(python_of_deepspeed)"
-show "${command[@]}"
-exec "$python" "$here/supervise.py" --name "${0##*/}" --hostfile "$hostfile" --master-port "$master_port" \
-    --env-file "$env_file" "${watch[@]}" -- "${command[@]}"
+# The program that runs the command removes the file, so no trap must.
+run_watched --hostfile "$hostfile" --master-port "$master_port" --env-file "$env_file" "${watch[@]}" \
+    -- deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}"

@@ -1,6 +1,6 @@
-"""Run a launcher's command line on the hosts of a hostfile: check them, watch, end everything, judge how it ended.
+"""Run a launcher's command line: check the hosts, watch, end everything, judge how it ended.
 
-What launch/pretrain_multinode.sh hands its command line to; docs/launch.md says what a user sees of it.
+What the scripts in launch/ hand their command line to; docs/launch.md says what a user sees of it.
 """
 
 import argparse
@@ -27,13 +27,14 @@ from megatron_patch.hosts.remote import Hosts, ssh_arguments
 def main(argv: Sequence[str]) -> int:
     """Do what the command line asks for and return the exit code: the run's, or 2 where it was not started."""
     parser = argparse.ArgumentParser(prog="supervise", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--hostfile", required=True)
+    parser.add_argument("--hostfile", help="without it the command starts processes on this machine alone")
     parser.add_argument("--name", required=True, help="of the script, before what is said")
     parser.add_argument("--ssh-port")
     parser.add_argument("--master-port", type=int, default=29500)
     parser.add_argument("--log-dir")
     parser.add_argument("--env-file", help="DeepSpeed's file of variables for all hosts; removed at the end")
     parser.add_argument("--no-doctor", action="store_true", help="do not compare the hosts beforehand")
+    parser.add_argument("--one-of-several", action="store_true", help="others are started elsewhere, not over ssh")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     args = parser.parse_args(argv)
     try:
@@ -74,7 +75,9 @@ def supervise(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     run = command[command.index("megatron_patch") + 2 :]
     config, save, metrics = where_it_writes(run)
-    names = read_hostfile(args.hostfile)
+    if args.one_of_several:
+        save = metrics = None  # whose they are, this machine alone cannot say
+    names = read_hostfile(args.hostfile) if args.hostfile else (socket.gethostname(),)
     now = datetime.datetime.now(datetime.UTC)
     job = Job(
         id=f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}",
@@ -83,18 +86,18 @@ def supervise(args: argparse.Namespace) -> int:
         metrics=metrics and os.path.abspath(metrics),
         log_dir=args.log_dir and os.path.abspath(args.log_dir),
     )
-    hosts = Hosts(names, args.ssh_port)
+    hosts = Hosts(names, args.ssh_port, local=not args.hostfile)
     try:
         launch = Launch(job, hosts, args.name)
         greet(hosts)
-        if not args.no_doctor:
+        if args.hostfile and not args.no_doctor:
             doctor(hosts, Wanted(os.getcwd(), (config,), job.save, args.master_port), args.name)
         if job.save:
             record = {"job": job.id, "host": socket.gethostname(), "pid": os.getpid(), "started": f"{now:%F %T} UTC"}
             if dead := take_save(hosts, job.save, record):
                 clean_up(hosts, launch, dead)
         print(f"> job {job.id} on {' '.join(names)}", flush=True)
-        return launch.run(command, environment(job, args.ssh_port, args.env_file))
+        return launch.run(command, environment(job, args.env_file))
     finally:
         hosts.close()
 
@@ -125,11 +128,12 @@ def clean_up(hosts: Hosts, launch: Launch, dead: Mapping[str, object]) -> None:
     )
 
 
-def environment(job: Job, ssh_port: str | None, env_file: str | None) -> dict[str, str]:
-    """Return the launcher's environment: ssh notices a lost host, and DeepSpeed sends the job id to all hosts."""
-    if env_file:
-        with open(env_file, "a", encoding="utf-8") as file:
-            file.write(f"{JOB}={job.id}\n")
+def environment(job: Job, env_file: str | None) -> dict[str, str]:
+    """Return the launcher's environment: ssh notices a lost host, and the job id reaches every process of the job."""
+    if env_file is None:
+        return {**os.environ, JOB: job.id}
+    with open(env_file, "a", encoding="utf-8") as file:
+        file.write(f"{JOB}={job.id}\n")
     # The port is DeepSpeed's to add. Not for the launcher's own processes: the job's are those on the hosts.
     outside = {name: value for name, value in os.environ.items() if name != JOB}
-    return outside | {"PDSH_SSH_ARGS_APPEND": " ".join(ssh_arguments(None)), "DS_ENV_FILE": env_file or ""}
+    return outside | {"PDSH_SSH_ARGS_APPEND": " ".join(ssh_arguments(None)), "DS_ENV_FILE": env_file}

@@ -23,6 +23,8 @@ from megatron_patch.hosts.remote import Event, Hosts
 
 GRACE = 10.0
 """Seconds for the ranks to say what they have to say, after one host has failed."""
+REST = 10.0
+"""Seconds for processes of the ranks to end after an orderly end of the launcher."""
 PATIENCE = 5.0
 """Seconds between SIGTERM and SIGKILL where a run has failed."""
 PATIENCE_ASKED = 30.0
@@ -92,9 +94,9 @@ class Launch:
             launchers = sum(entry["launchers"] for entry in alive.values())
             if code == 0 and launchers and not self._failed:
                 there = next(host for host, entry in alive.items() if entry["launchers"])
-                self._errors.found(
-                    Finding(there, "the launcher on the launching side (deepspeed or pdsh) was killed, the ranks not")
-                )
+                self._errors.found(Finding(there, "deepspeed or pdsh was killed, and what it had started was not"))
+            if code == 0 and not self._failed:
+                self._wait_for_the_rest()
             left = self._end_everywhere()
             if code != 0 or self._failed:
                 self._read_logs(began)
@@ -122,6 +124,8 @@ class Launch:
             stderr=subprocess.PIPE,
             env=dict(environment),
             start_new_session=True,
+            # What was handed to us stays open in the ranks: a sweep's claim on its trial is such a file.
+            close_fds=False,
         )
         for stream, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             assert stream is not None
@@ -161,7 +165,8 @@ class Launch:
         if not line.text:
             self._streams -= 1
             return
-        self._errors.read(line.text.decode(errors="replace"))
+        alone = self._job.hosts[0] if len(self._job.hosts) == 1 else ""
+        self._errors.read(line.text.decode(errors="replace"), alone)
         if self._errors.failed:
             self._stop_within(GRACE)
         if self._deaf:
@@ -221,6 +226,15 @@ class Launch:
                 signal.signal(number, handler)
 
     # --- the end ---
+
+    def _wait_for_the_rest(self) -> None:
+        """After an orderly end nothing is left, once what is about to end has ended."""
+        deadline = time.monotonic() + REST
+        while not self._failed and (alive := [(h, e["others"]) for h, e in self._alive().items() if e["others"]]):
+            if time.monotonic() > deadline:
+                host, number = alive[0]
+                self._errors.found(Finding(host, f"{number} processes outlived the launcher; was it killed?"))
+            self._take(0.5)
 
     def _alive(self) -> dict[str, dict[str, int]]:
         answers = self._hosts.ask("alive")

@@ -186,7 +186,8 @@ class Hosts:
 
     def __init__(self, names: Sequence[str], ssh_port: str | None = None, local: bool = False) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three pipes a host, and often 1,024 files are allowed
+        # Three pipes a host, and often 1,024 files are allowed.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.events: queue.Queue[Any] = queue.Queue()
         here = [sys.executable, "-u", "-c", BOOT]
         over = ["ssh", "-T", *ssh_arguments(ssh_port)]

@@ -78,6 +78,7 @@ class Bench:
         self.bin.mkdir()
         (folder / "home").mkdir()
         (folder / "config.yaml").write_text("num-layers: 2\n")
+        (folder / ODD[0]).touch()
         (folder / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
         self.command("deepspeed", RECORDER)
         self.command("pdsh", RECORDER)
