@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_patch.hosts.facts import facts
+from megatron_patch.hosts.facts import existing, facts
 from megatron_patch.hosts.processes import Watch, end, processes
 from megatron_patch.hosts.save_lock import BEAT, Lock
 
@@ -95,6 +95,11 @@ class Agent:
                     file.seek(max(0, os.path.getsize(path) - 65536))
                     found.append([rank, file.read().decode(errors="replace")])
         return found
+
+    def do_room(self, path: str) -> int:
+        """Bytes that may be written where a path is."""
+        room = os.statvfs(existing(path))
+        return room.f_bavail * room.f_frsize
 
     def do_facts(self, **asked: Any) -> dict[str, Any]:
         """What hosts are compared by."""

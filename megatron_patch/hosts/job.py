@@ -31,6 +31,8 @@ PATIENCE_ASKED = 30.0
 """The same where a user or a scheduler ends the run: Megatron may be saving."""
 
 
+ROOM = 64 * 2**20
+"""Bytes; a disk with less is told as full where a run has failed."""
 CLOCKS = 30.0
 """Seconds by which the clocks of hosts may differ unseen."""
 
@@ -301,6 +303,8 @@ class Launch:
         if first is None and self._errors.failed:
             host, number = self._errors.failed[0]
             first = Finding(host, f"its command ended with exit code {number}")
+        if self._job.save:
+            also += full(self._hosts, self._job.save)
         self.say(f"failed, exit code {code}: {first or 'the launcher gave no reason; see what was printed'}{also}")
         return code
 
@@ -324,6 +328,13 @@ class Launch:
                 return f"Megatron left by itself before the end: {path}: {record.place}"
             return Finding(host, f"{path}: {record.place}, though every rank left with exit code 0")
         return Finding("", f"{path} is not of this start, though every rank left with exit code 0")
+
+
+def full(hosts: Hosts, save: str) -> str:
+    """Return, in words to be appended, that a host has no room at --save: Megatron's own message does not say so."""
+    room = hosts.ask("room", path=save)
+    found = {host: left for host, left in room.items() if isinstance(left, int) and left < ROOM}
+    return "".join(f"; {host} has {left / 2**20:.0f} MiB free at --save {save}" for host, left in found.items())
 
 
 def adopt_orphans() -> None:

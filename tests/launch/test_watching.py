@@ -17,6 +17,7 @@ from megatron_patch.files import run_json
 from megatron_patch.hosts import processes, save_lock
 from megatron_patch.hosts.check import Wanted, examine, greet, read_hostfile, see, take_save
 from megatron_patch.hosts.first_error import FirstError
+from megatron_patch.hosts.job import full
 from megatron_patch.hosts.remote import Event, Hosts, Lost
 from megatron_patch.hosts.save_lock import Lock
 from tests.support.launching import Bench, running, wait_for_the_end
@@ -208,6 +209,10 @@ class TestAgents:
         assert dict(event(hosts, "stopped").particulars) == {"pid": process.pid, "rank": "5"}
         os.kill(process.pid, signal.SIGCONT)
         assert event(hosts, "goes_on").particulars["pid"] == process.pid
+
+    def test_a_full_disk_is_told(self, hosts: Hosts, tmp_path: Path) -> None:
+        assert full(hosts, "/proc/s") == "; a has 0 MiB free at --save /proc/s; b has 0 MiB free at --save /proc/s"
+        assert full(hosts, str(tmp_path)) == ""
 
     def test_a_question_that_cannot_be_answered(self, hosts: Hosts) -> None:
         first = hosts.first
