@@ -16,6 +16,9 @@ _PEER = re.compile(
     r"|Watchdog|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|clients joined|aborted"
     r"|Application timeout|unexpected pos .* vs|EADDRINUSE.*retry"
 )
+# Megatron trains on: an error so many of these lines ago was handled.
+_PROGRESS = re.compile(r".*\biteration +\d+")
+_HANDLED = 20
 _SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
 # A process that another one ended in an orderly way, or that gave up because of another.
 _SECONDARY_SIGNALS = {6, 15}
@@ -42,6 +45,8 @@ class FirstError:
     >>> print(errors.first)
     b: ValueError: no such data
 
+    What only looks like an error says nothing about how the run ended; ask for it when it has failed.
+
     Args:
         hosts: the names that may stand before a line.
     """
@@ -50,6 +55,9 @@ class FirstError:
         self._hosts = set(hosts)
         self._first: Finding | None = None
         self._peer: Finding | None = None
+        self._progress = 0
+        self.certain = False
+        """Something was found that ends a run, and not only read."""
         self.failed: list[tuple[str, int]] = []
         """Hosts whose command ended with a code other than 0, as pdsh tells it, and the code."""
 
@@ -71,12 +79,26 @@ class FirstError:
             if number > 0:
                 name = _SIGNALS.get(number, f"signal {number}")
                 hint = " (by the kernel, for lack of memory?)" if number == 9 else ""
-                self.found(Finding(host, f"a rank was ended by {name}{hint}"), peer=number in _SECONDARY_SIGNALS)
+                self._add(Finding(host, f"a rank was ended by {name}{hint}"), peer=number in _SECONDARY_SIGNALS)
+        elif _PROGRESS.match(text):
+            self._progress += 1
+            if self._progress >= _HANDLED and not self.certain:
+                self._first = self._peer = None
         elif _ERROR.match(text):
-            self.found(Finding(host, where + text.strip()[:500]), peer=bool(_PEER.search(text)))
+            self._progress = 0
+            self._add(Finding(host, where + text.strip()[:500]), peer=bool(_PEER.search(text)))
 
-    def found(self, finding: Finding, peer: bool = False) -> None:
-        """Add what was found otherwise; `peer`: it may well be about another rank's end."""
+    def certainly(self, finding: Finding, peer: bool = False) -> None:
+        """Add what was not read but found, and ends a run."""
+        self.certain = True
+        self._add(finding, peer)
+
+    def told(self, finding: Finding) -> None:
+        """Add what was found and may yet be mended; see `forget`."""
+        self._add(finding, peer=False)
+
+    def _add(self, finding: Finding, peer: bool) -> None:
+        """`peer`: it may well be about another rank's end."""
         if peer:
             self._peer = self._peer or finding
         else:

@@ -76,7 +76,6 @@ class Launch:
         self._signals = 0
         self._stop_at: float | None = None
         self._streams = 0
-        self._notes: list[str] = []
         self._deaf = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -96,7 +95,7 @@ class Launch:
             launchers = sum(entry["launchers"] for entry in alive.values())
             if code == 0 and launchers and not self._failed:
                 there = next(host for host, entry in alive.items() if entry["launchers"])
-                self._errors.found(Finding(there, "deepspeed or pdsh was killed, and what it had started was not"))
+                self._errors.certainly(Finding(there, "deepspeed or pdsh was killed, and what it had started was not"))
             if code == 0 and not self._failed:
                 self._wait_for_the_rest()
             left = self._end_everywhere()
@@ -106,7 +105,7 @@ class Launch:
 
     @property
     def _failed(self) -> bool:
-        return bool(self._errors.first or self._errors.failed or self._signal)
+        return bool(self._errors.certain or self._errors.failed or self._signal)
 
     def say(self, text: str) -> None:
         """Print one line to stderr."""
@@ -138,7 +137,7 @@ class Launch:
         code = process.poll()
         if code is not None and code < 0:
             how = signal.Signals(-code).name
-            self._errors.found(Finding("", f"the deepspeed command on the launching side was ended by {how}"))
+            self._errors.certainly(Finding("", f"the deepspeed command on the launching side was ended by {how}"))
         deadline = time.monotonic() + 3  # orphans may hold the other ends of the streams
         while self._streams and code is not None and time.monotonic() < deadline:
             self._take(0.2)
@@ -196,13 +195,13 @@ class Launch:
             at = time.strftime("%H:%M:%S")
             text = f"process {particulars['pid']} of rank {particulars['rank'] or '-'} is stopped (SIGSTOP) since {at}"
             self.say(f"{host}: {text}; the others wait for it until --distributed-timeout-minutes")
-            self._errors.found(Finding(host, text))
+            self._errors.told(Finding(host, text))
         elif event.name == "goes_on":
             self.say(f"{host}: process {particulars['pid']} goes on")
             self._errors.forget(host)
 
     def _fault(self, finding: Finding, grace: float, peer: bool = False) -> None:
-        self._errors.found(finding, peer=peer)
+        self._errors.certainly(finding, peer=peer)
         self.say(str(finding))
         self._stop_within(grace)
 
@@ -235,7 +234,7 @@ class Launch:
         while not self._failed and (alive := [(h, e["others"]) for h, e in self._alive().items() if e["others"]]):
             if time.monotonic() > deadline:
                 host, number = alive[0]
-                self._errors.found(Finding(host, f"{number} processes outlived the launcher; was it killed?"))
+                self._errors.certainly(Finding(host, f"{number} processes outlived the launcher; was it killed?"))
             self._take(0.5)
 
     def _alive(self) -> dict[str, dict[str, int]]:
@@ -291,7 +290,7 @@ class Launch:
         if code == 0 and not self._failed:
             record = self._record()
             if isinstance(record, Finding):
-                self._errors.found(record)
+                self._errors.certainly(record)
             elif record:
                 self.say(record)
         if code == 0 and not self._failed:

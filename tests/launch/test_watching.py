@@ -106,6 +106,17 @@ class TestFirstError:
             errors.read(f"{line}\n")
         assert str(errors.first).startswith(first)
 
+    def test_what_was_handled_is_forgotten(self) -> None:
+        errors = FirstError(["a"])
+        errors.read("a: ImportError: no apex, using torch's")
+        for number in range(30):
+            errors.read(f"a:  iteration {number:8d}/ 100 | lm loss: 1.0")
+        assert errors.first is None
+        errors.read("a: ValueError: x")
+        for number in range(3):
+            errors.read(f"a:  iteration {number:8d}/ 100 | lm loss: 1.0")
+        assert str(errors.first) == "a: ValueError: x"
+
     def test_pdsh_tells_which_host_failed(self) -> None:
         errors = FirstError(["a", "b"])
         errors.read("pdsh@a: b: ssh exited with exit code 255\n")
@@ -308,6 +319,9 @@ class TestVerdict:
 
     def test_without_a_record_the_launcher_is_believed(self, bench: Bench) -> None:
         assert self.start(bench, "") == (0, "")
+
+    def test_a_word_that_looks_like_an_error_fails_nothing(self, bench: Bench) -> None:
+        assert self.start(bench, "print('node1: ImportError: no apex, using torch')") == (0, "")
 
     def test_a_code_and_its_reason(self, bench: Bench) -> None:
         then = "print('node2: [rank9]: ValueError: no such data', flush=True); sys.exit(3)"
