@@ -19,7 +19,7 @@ usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option .
   --env NAME[=VALUE]  forward this variable to every machine as well; may be repeated
   --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
   --node-rank K       line number in the hostfile, from 0
-  --log-dir DIR       one log file per rank instead of one stream
+  --log-dir DIR       one log file per rank instead of one stream; with ssh in a folder per machine, DIR/HOST
   --no-doctor         do not compare the machines before the start (with ssh)
   --help
 
@@ -61,7 +61,7 @@ while (($#)); do
         --ssh-port) need "$@" && ssh_port="$2" ;;
         --env) need "$@" && environment+=("$2") ;;
         --node-rank) need "$@" && node_rank="$2" ;;
-        --log-dir) need "$@" && log_dir="$2" && launcher+=(--enable_each_rank_log "$2") ;;
+        --log-dir) need "$@" && log_dir="$2" ;;
         --no-doctor)
             watch+=(--no-doctor)
             shift
@@ -102,7 +102,6 @@ for setting in "${environment[@]}"; do
     fi
 done
 [[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] || die "--master-port $master_port: expected 1 to 65535"
-[[ -z "$log_dir" ]] || watch+=(--log-dir "$log_dir")
 [[ -z "$master_addr" ]] || launcher=(--master_addr "$master_addr" "${launcher[@]}")
 run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
 
@@ -111,6 +110,7 @@ if [[ "$ssh" == false ]]; then
     [[ -z "$ssh_port" ]] || die "--ssh-port $ssh_port: nothing goes over ssh with --no-ssh; drop one of them"
     # Without it DeepSpeed asks the first host over ssh, --no_ssh or not.
     [[ -n "$master_addr" ]] || die "--no-ssh needs --master-addr, the address of the first machine"
+    [[ -z "$log_dir" ]] || launcher+=(--enable_each_rank_log "$log_dir") watch+=(--log-dir "$log_dir")
     run_watched --one-of-several "${watch[@]}" \
         -- deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
 fi
@@ -136,6 +136,14 @@ for word in "$config" "${flags[@]}"; do
     [[ -n "$word" && "$word" =~ $harmless ]] \
         || die "argument '$word' would not survive the remote shell: put it into the YAML file, or use --no-ssh"
 done
+
+if [[ -n "$log_dir" ]]; then
+    [[ "$log_dir" =~ $harmless && "$log_dir" != *" "* ]] \
+        || die "--log-dir $log_dir: a remote shell would take it apart; give a name of letters, digits and . _ - /"
+    # pdsh puts each machine's name for %h: the files' own names do not say where a rank was.
+    launcher+=(--enable_each_rank_log "$log_dir/%h")
+    watch+=(--log-dir "$log_dir/%h")
+fi
 
 # DeepSpeed forwards few variables; the rest go through the file it calls .deepspeed_env. It chokes on comments and blank
 # lines in it and does not escape values, so every line is checked here and written to a file of our own.

@@ -19,7 +19,7 @@ from typing import IO, Any
 from megatron_patch.errors import ExitCode
 from megatron_patch.files.run_json import RUN_JSON, RunJson, Status
 from megatron_patch.hosts.first_error import Finding, FirstError
-from megatron_patch.hosts.remote import Event, Hosts
+from megatron_patch.hosts.remote import Event, Hosts, Lost
 
 GRACE = 10.0
 """Seconds for the ranks to say what they have to say, after one host has failed."""
@@ -49,7 +49,7 @@ class Job:
     metrics: str | None
     """The folder of run.json, absolute; None if the run writes none."""
     log_dir: str | None
-    """Where DeepSpeed writes a log per rank, absolute; None if they print."""
+    """Where DeepSpeed writes a log per rank, absolute, with %h for the host; None if they print."""
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,15 @@ class Launch:
         """With a log file per rank, errors are in them."""
         if self._job.log_dir is None:
             return
-        for host, answer in self._hosts.ask("logs", folder=self._job.log_dir, since=began - CLOCKS).items():
-            for rank, text in answer if isinstance(answer, list) else []:
+        asked = {
+            remote: remote.ask("logs", folder=self._job.log_dir.replace("%h", host), since=began - CLOCKS)
+            for host, remote in self._hosts.remotes.items()
+        }
+        for remote, waiting in asked.items():
+            host, answer = remote.host, []
+            with contextlib.suppress(Lost, OSError):
+                answer = remote.answer(waiting)
+            for rank, text in answer:
                 for line in text.splitlines():
                     self._errors.read(line if line.startswith("[rank") else f"[rank{rank}]: {line}", host)
 

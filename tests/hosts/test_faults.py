@@ -49,7 +49,7 @@ def test_a_killed_rank_ends_the_run(hosts: TwoHosts, tmp_path: Path, where: str,
 
 
 def wait_in_logs(folder: Path) -> None:
-    wait_for(lambda: sum(" iteration 3" in p.read_text() for p in folder.glob("logs/*.log")) == 2, "training")
+    wait_for(lambda: sum(" iteration 3" in p.read_text() for p in folder.glob("logs/node?/*.log")) == 2, "training")
 
 
 @pytest.mark.parametrize("where", ["a", "b"])

@@ -333,9 +333,9 @@ class TestVerdict:
         assert (code, last) == (7, "failed, exit code 7: node2: its command ended with exit code 7")
 
     def test_a_reason_in_the_log_of_a_rank(self, bench: Bench) -> None:
-        rank = "open('logs/1_rank9.log', 'w').write('x\\\\nValueError: deep\\\\n'); import time; time.sleep(5000)"
+        rank = "open('logs/node1/1_rank9.log', 'w').write('x\\\\nValueError: deep\\\\n'); import time; time.sleep(5000)"
         then = (
-            "import os, subprocess, time; os.makedirs('logs'); job = call['env_file'].split('_JOB=')[1].strip();"
+            "import os, subprocess, time; os.makedirs('logs/node1'); job = call['env_file'].split('_JOB=')[1].strip();"
             f'subprocess.Popen([sys.executable, "-c", "{rank}"],'
             " env=os.environ | {'MEGATRON_PATCH_JOB': job, 'RANK': '9'}); time.sleep(4); sys.exit(1)"
         )
