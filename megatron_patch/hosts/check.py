@@ -130,7 +130,7 @@ def _of_host(
         if not facts["writable"]:
             found.append(Trouble(host, f"--save {wanted.save} cannot be written to"))
         if facts["free"] < 2**30:
-            found.append(Trouble(host, f"{facts['free'] / 2**30:.1f} GiB free at --save {wanted.save}", fatal=False))
+            found.append(Trouble(host, f"{facts['free'] / 2**20:.0f} MiB free at --save {wanted.save}", fatal=False))
     for job in facts["jobs"]:
         found.append(Trouble(host, f"processes of the job {job} are running", fatal=False))
     return found

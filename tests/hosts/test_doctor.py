@@ -17,7 +17,7 @@ def test_healthy_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "c.yaml").touch()
     said = doctor(hosts, tmp_path, "--config", "c.yaml", "--save", "s").splitlines()
-    found = [line for line in said if line.startswith("node") and "GiB free" not in line]
+    found = [line for line in said if line.startswith("node") and "MiB free" not in line]
     assert set(found) <= {"nodea: nothing found", "nodeb: nothing found"}
     assert f"--save {tmp_path}/s is one place for all hosts" in said
     assert said[-1] == "0"
