@@ -86,7 +86,7 @@ def supervise(args: argparse.Namespace) -> int:
         metrics=metrics and os.path.abspath(metrics),
         log_dir=args.log_dir and os.path.abspath(args.log_dir),
     )
-    hosts = Hosts(names, args.ssh_port, local=not args.hostfile)
+    hosts = Hosts(names, args.ssh_port, job.id, local=not args.hostfile)
     try:
         launch = Launch(job, hosts, args.name)
         greet(hosts)
@@ -94,7 +94,7 @@ def supervise(args: argparse.Namespace) -> int:
             doctor(hosts, Wanted(os.getcwd(), (config,), job.save, args.master_port), args.name)
         if job.save:
             record = {"job": job.id, "host": socket.gethostname(), "pid": os.getpid(), "started": f"{now:%F %T} UTC"}
-            if dead := take_save(hosts, job.save, record):
+            if (dead := take_save(hosts, job.save, record)) is not None:
                 clean_up(hosts, launch, dead)
         print(f"> job {job.id} on {' '.join(names)}", flush=True)
         return launch.run(command, environment(job, args.env_file))

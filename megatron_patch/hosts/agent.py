@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_patch.hosts.facts import existing, facts
-from megatron_patch.hosts.processes import Watch, end, processes
+from megatron_patch.hosts.processes import Watch, end, processes, watched
 from megatron_patch.hosts.save_lock import BEAT, Lock
 
 PARTS = ("processes", "save_lock", "facts", "agent")
@@ -47,6 +47,10 @@ class Agent:
         launchers = sum(not process.rank for process in alive)
         return {"launchers": launchers, "others": len(alive) - launchers}
 
+    def do_watched(self, job: str) -> bool:
+        """Whether another agent watches a job here."""
+        return watched(job)
+
     def do_watch(self, job: str, silence: float = SILENCE) -> None:
         """Begin to watch a job; from now on its processes do not outlive this one."""
         self._job, self._silence, self._watch = job, silence, Watch(job, self.tell)
@@ -56,10 +60,10 @@ class Agent:
         self._ending = self._ending or job == self._job
         return end(job, patience)
 
-    def do_lock(self, save: str, record: dict[str, Any]) -> dict[str, Any]:
+    def do_lock(self, save: str, record: dict[str, Any], over: str | None = None) -> dict[str, Any]:
         """Take the lock in --save."""
         lock = Lock(save, record)
-        answer = lock.take()
+        answer = lock.take(over)
         if lock.held:
             self._lock = lock
         return answer

@@ -147,17 +147,23 @@ def take_save(hosts: Hosts, save: str, record: Mapping[str, Any]) -> dict[str, A
     Raises:
         ConfigError: another job has it; --save cannot be written to, or is not one place for all hosts.
     """
-    first = hosts.first
+    first, dead = hosts.first, None
     try:
         taken = first.answer(first.ask("lock", save=save, record=dict(record)))
+        if taken["dead"] is not None:
+            job = taken["other"].get("job", "")
+            watched = hosts.ask("watched", job=job) if job else {}
+            if not any(answer is True for answer in watched.values()):
+                dead = dict(taken["other"])
+                taken = first.answer(first.ask("lock", save=save, record=dict(record), over=taken["dead"]))
     except (Lost, OSError) as error:
         raise ConfigError("--save", save, f"a folder that {first.host} can write to", str(error)) from None
-    other = taken["other"]
     if not taken["held"]:
+        other = taken["other"]
         who = f"job {other.get('job')} of {other.get('host')} (PID {other.get('pid')}) since {other.get('started')}"
         raise ConfigError("--save", save, f"a folder that no other run writes to, and {who} does", "wait, or end it")
     see(hosts, save)
-    return dict(other) if other else None
+    return dead
 
 
 def see(hosts: Hosts, save: str) -> None:

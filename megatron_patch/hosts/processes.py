@@ -13,6 +13,8 @@ from typing import Any
 
 JOB = "MEGATRON_PATCH_JOB"
 """The variable that holds the job id. A rank's children have it too."""
+AGENT = "MEGATRON_PATCH_AGENT"
+"""The variable that holds, for an agent, the id of the job that it watches."""
 ORPHANED = 5.0
 """Seconds after which processes count as left behind by their launcher."""
 STOPPED = 3.0
@@ -60,6 +62,17 @@ def processes(job: str | None = None) -> list[Process]:
                 rank = pairs.get(b"RANK", b"").decode(errors="replace")
                 found.append(Process(int(name), words[19], int(words[1]), words[0], theirs, rank))
     return found
+
+
+def watched(job: str) -> bool:
+    """Return whether an agent of a job lives on this host."""
+    wanted = f"{AGENT}={job}".encode()
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0"):
+                    return True
+    return False
 
 
 def end(job: str, patience: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.hosts import agent
+from megatron_patch.hosts.processes import AGENT
 
 SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=3")
 """For every ssh of a job, pdsh's too: a host that cannot be reached is told after 10 s, one that is lost after 40."""
@@ -181,15 +182,16 @@ class Hosts:
     Args:
         names: as in the hostfile.
         ssh_port: of sshd there; None: as ssh itself thinks.
+        job: that they will watch; nobody takes an agent's job for dead.
         local: start the agents without ssh, on this machine.
     """
 
-    def __init__(self, names: Sequence[str], ssh_port: str | None = None, local: bool = False) -> None:
+    def __init__(self, names: Sequence[str], ssh_port: str | None = None, job: str = "", local: bool = False) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         # Three pipes a host, and often 1,024 files are allowed.
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.events: queue.Queue[Any] = queue.Queue()
-        here = [sys.executable, "-u", "-c", BOOT]
+        here = ["env", f"{AGENT}={job}", sys.executable, "-u", "-c", BOOT]
         over = ["ssh", "-T", *ssh_arguments(ssh_port)]
         there = shlex.join(here)
         self.remotes = {

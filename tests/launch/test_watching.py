@@ -130,7 +130,7 @@ class TestLock:
 
     def test_it_is_given_back(self, tmp_path: Path) -> None:
         lock = Lock(str(tmp_path / "s"), {"job": "one"})
-        assert lock.take() == {"held": True, "other": None}
+        assert lock.take()["held"]
         lock.leave()
         assert list((tmp_path / "s").iterdir()) == []
 
@@ -155,23 +155,41 @@ class TestLock:
         (tmp_path / save_lock.LOCK).write_text(content)
         second = Lock(str(tmp_path), {"job": "two"})
         taken = second.take()
-        assert taken["held"]
-        assert taken["other"] == ({"job": "one", "beat": 7} if "7" in content else {})
+        other = {"job": "one", "beat": 7} if "7" in content else {}
+        assert taken == {"held": False, "other": other, "dead": content}
+        assert second.take(over=content)["held"]
+        second.beat()
+        assert Path(second.path).stat().st_size == save_lock.SIZE
         second.leave()
         assert list(tmp_path.iterdir()) == []
+
+    def test_one_that_lives_after_all_is_not_taken_over(self, tmp_path: Path) -> None:
+        (tmp_path / save_lock.LOCK).write_text('{"job": "one", "beat": 8}')
+        second = Lock(str(tmp_path), {"job": "two"})
+        assert second.take(over='{"job": "one", "beat": 7}')["held"] is False
+        second.leave()
+        assert "one" in Path(second.path).read_text()
+
+    def test_one_that_was_taken_over_is_not_taken_back(self, tmp_path: Path) -> None:
+        first, second = (Lock(str(tmp_path), {"job": job}) for job in ("one", "two"))
+        first.take()
+        second.take(over=Path(first.path).read_text())
+        first.beat()
+        first.leave()
+        assert '"two"' in Path(second.path).read_text()
 
     def test_of_several_that_take_it_over_one_has_it(self, tmp_path: Path) -> None:
         (tmp_path / save_lock.LOCK).write_text("{}")
         taken: queue.Queue[bool] = queue.Queue()
         takers = [
-            threading.Thread(target=lambda n=n: taken.put(Lock(str(tmp_path), {"job": str(n)}).take()["held"]))
+            threading.Thread(target=lambda n=n: taken.put(Lock(str(tmp_path), {"job": str(n)}).take(over="{}")["held"]))
             for n in range(4)
         ]
         for taker in takers:
             taker.start()
         for taker in takers:
             taker.join()
-        assert sorted(taken.queue) == [False, False, False, True]
+        assert sum(taken.queue) == 1
 
 
 class TestAgents:
@@ -264,6 +282,19 @@ class TestBeforeTheStart:
     def test_a_lock_that_is_seen(self, hosts: Hosts, tmp_path: Path) -> None:
         see(hosts, str(tmp_path))
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_lock_that_looks_dead_of_a_job_with_an_agent(
+        self, hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a network file system that shows old content would have it."""
+        living = Hosts(["a"], job="living", local=True)
+        try:
+            greet(living)
+            (tmp_path / save_lock.LOCK).write_text('{"job": "living", "host": "x"}')
+            with pytest.raises(ConfigError, match=r"a folder that no other run writes to, and job living of x"):
+                take_save(hosts, str(tmp_path), {"job": "one"})
+        finally:
+            living.close()
 
     def test_hostfile(self, tmp_path: Path) -> None:
         (tmp_path / "h").write_text("# two\nb slots=1\n\na slots=2 # second\n")
