@@ -58,7 +58,7 @@ test-wheel: setup
 	.ci/test_wheel $(BIN)/python
 
 test-hosts: setup
-	.ci/test_hosts $(BIN)/python
+	.ci/test_hosts $(BIN)/python $(HOSTS_OPTIONS)
 
 test-megatron: setup
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python tests/upstream_suite/compare.py

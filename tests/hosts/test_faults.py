@@ -33,7 +33,10 @@ def test_a_rank_that_raises_is_the_last_line(hosts: TwoHosts, tmp_path: Path, ra
     start.clean()
 
 
-@pytest.mark.parametrize("where", ["a", "b"])
+EITHER = [pytest.param("a", marks=pytest.mark.extra), "b"]
+
+
+@pytest.mark.parametrize("where", EITHER)
 @pytest.mark.parametrize("logs", [[], ["--log-dir", "logs"]])
 def test_a_killed_rank_ends_the_run(hosts: TwoHosts, tmp_path: Path, where: str, logs: list[str]) -> None:
     """Its helper lives on and holds the ssh session: the launching side used to wait for ever."""
@@ -52,7 +55,7 @@ def wait_in_logs(folder: Path) -> None:
     wait_for(lambda: sum(" iteration 3" in p.read_text() for p in folder.glob("logs/node?/*.log")) == 2, "training")
 
 
-@pytest.mark.parametrize("where", ["a", "b"])
+@pytest.mark.parametrize("where", EITHER)
 def test_a_killed_launcher_ends_the_run(hosts: TwoHosts, tmp_path: Path, where: str) -> None:
     """Its ranks used to train on, unwatched."""
     start = Start(hosts, tmp_path, "--save", "s", *ENDLESS).trains().kill("launcher", getattr(hosts, where))
@@ -75,7 +78,7 @@ def test_a_killed_script_takes_everything_with_it(hosts: TwoHosts, tmp_path: Pat
     assert not (tmp_path / "s/launch.lock").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extra)])
 def test_a_signal_to_the_script_ends_everything(hosts: TwoHosts, tmp_path: Path, number: int) -> None:
     start = Start(hosts, tmp_path, "--save", "s", *ENDLESS).trains().kill("script", number=number)
     assert start.ends() == 128 + number
@@ -99,6 +102,7 @@ def test_a_short_cut_is_survived(hosts: TwoHosts, tmp_path: Path) -> None:
     assert start.ends() == 0, start.output
 
 
+@pytest.mark.extra
 def test_a_stopped_rank_is_named(hosts: TwoHosts, tmp_path: Path) -> None:
     start = Start(hosts, tmp_path, "--save", "s", *ENDLESS, "--distributed-timeout-minutes", "0.2").trains()
     start.kill("rank", hosts.b, signal.SIGSTOP)
@@ -133,6 +137,7 @@ def test_a_second_start_is_refused_while_the_first_lives(hosts: TwoHosts, tmp_pa
     first.clean()
 
 
+@pytest.mark.extra
 def test_what_a_dead_job_left_is_ended_and_its_lock_taken_over(hosts: TwoHosts, tmp_path: Path) -> None:
     """Everything that could have cleaned up was killed at once, as by a power cut of the launching machine."""
     first = Start(hosts, tmp_path, "--save", "s", *ENDLESS).trains()
