@@ -4,7 +4,7 @@
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
 # make test-wheel   every command of the wheel, in an environment without the checkout
-# make test-hosts   trainings over ssh and pdsh on two hosts made of namespaces, healthy and broken; root, else skipped
+# make test-hosts   runs over ssh and pdsh on two hosts made of namespaces, healthy and broken; root, else skipped
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
 # make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
 # make figures        the runs that the tables of docs/evidence.md lack, then its figures; hours, goes on where it was
