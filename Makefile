@@ -4,6 +4,7 @@
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
 # make test-wheel   every command of the wheel, in an environment without the checkout
+# make test-hosts   runs over ssh and pdsh on two hosts made of namespaces, healthy and broken; root, else skipped
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
 # make sweep-example   the worked example: sweep of proxy and target, tuned config, report; hours (docs/transfer-example.md)
 # make figures        the runs that the tables of docs/evidence.md lack, then its figures; hours, goes on where it was
@@ -18,7 +19,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
-.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core test-wheel test-megatron lint docs bench clean
+.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core test-wheel \
+	test-hosts test-megatron lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -32,10 +34,10 @@ quickstart: setup
 	launch/quickstart.sh
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not hosts"
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not hosts"
 
 figures: setup
 	launch/figures.sh
@@ -58,6 +60,9 @@ test-core: setup
 
 test-wheel: setup
 	.ci/test_wheel $(BIN)/python
+
+test-hosts: setup
+	.ci/test_hosts $(BIN)/python $(HOSTS_OPTIONS)
 
 test-megatron: setup
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python tests/upstream_suite/compare.py

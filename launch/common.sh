@@ -31,7 +31,7 @@ check_visible() { # WHERE LINE
     [[ "$2" != *[^[:print:][:space:]]* ]] || die "$1: $(printf %q "$2"): expected plain ASCII; type the line anew"
 }
 
-# DeepSpeed ends in a traceback, exit code 1, at what is refused here; `slots=8x` it would take for 8.
+# DeepSpeed ends in a traceback, exit code 1, at what is refused here; `slots=8x` it would take for 8. Sets hosts_in_file.
 check_hostfile() { # FILE [NODE_RANK]
     local file="$1" rank="${2:-}" line where host number=0 nodes=0
     local -A seen=()
@@ -49,36 +49,44 @@ check_hostfile() { # FILE [NODE_RANK]
         seen[$host]="$number"
         nodes=$((nodes + 1))
     done < "$file"
+    # shellcheck disable=SC2034  # pretrain_multinode.sh has it
+    hosts_in_file=$nodes
     ((nodes > 0)) || die "--hostfile $file: no line \"HOST slots=GPUS\": expected one per machine; write them"
     [[ -z "$rank" ]] || ((10#$rank < nodes)) \
         || die "--node-rank $rank: expected 0 to $((nodes - 1)), since $file has $nodes hosts; count its lines from 0"
 }
 
-# Whether a process of this group is alive; a zombie is not.
-group_alive() { # PGID
-    ps -A -o pgid=,stat= 2> /dev/null | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { found = 1 } END { exit !found }'
-}
-
-# Echo the command, run it in a process group of its own, exit with its code. It does two things that the deepspeed
-# command (0.19.8) does not do on one node: a signal reaches launch.py and the ranks, not only the runner; and exit
-# code 0 is not believed while ranks are still alive, which is how it ends when launch.py was killed for lack of memory.
-run_watched() { # COMMAND...
-    local group status=0 patience="${LAUNCH_PATIENCE:-30}"
+show() { # COMMAND...
     printf '+'
     printf ' %q' "$@"
     echo
-    set -m
-    "$@" < /dev/null &
-    group=$!
-    set +m
-    # DeepSpeed's launch.py gives the ranks 30 seconds after SIGTERM.
-    trap 'patience=60; kill -TERM -- "-$group"' INT TERM HUP
-    wait "$group" || status=$?
-    while ((patience-- > 0)) && group_alive "$group"; do sleep 1; done
-    if group_alive "$group"; then
-        echo "${0##*/}: processes outlived the launcher and were killed; was launch.py killed for lack of memory?" >&2
-        kill -KILL -- "-$group" || true
-        ((status != 0)) || status=1
+}
+
+# The Python that the deepspeed command is run by: its first line names it.
+python_of_deepspeed() {
+    local first="" found
+    found="$(command -v deepspeed)"
+    IFS= read -r first < "$found" || true
+    first="${first#\#!}"
+    if [[ -x "$first" && "${first##*/}" == python* ]]; then
+        echo "$first"
+    elif [[ -x "${found%/*}/python" ]]; then
+        echo "${found%/*}/python"
+    else
+        command -v python3 || die "no python beside $found: activate the environment it is installed in"
     fi
-    exit "$status"
+}
+
+# Echo the command and become a program of ours that runs it, watches its ranks, ends what is left of them, and says in
+# one line why a run failed. OPTIONS are its own.
+run_watched() { # OPTIONS -- COMMAND...
+    local python options=()
+    while [[ "$1" != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    python="$(python_of_deepspeed)"
+    show "${@:2}"
+    # shellcheck disable=SC2154  # the scripts set it
+    exec "$python" "$here/supervise.py" --name "${0##*/}" "${options[@]}" "$@"
 }

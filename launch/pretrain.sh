@@ -29,6 +29,7 @@ EOF
 config=""
 num_gpus=""
 gpus=""
+watch=()
 launcher=()
 flags=()
 while (($#)); do
@@ -41,7 +42,7 @@ while (($#)); do
         --num-gpus) need "$@" && num_gpus="$2" ;;
         --gpus) need "$@" && gpus="$2" ;;
         --master-port) need "$@" && launcher+=(--master_port "$2") ;;
-        --log-dir) need "$@" && launcher+=(--enable_each_rank_log "$2") ;;
+        --log-dir) need "$@" && watch=(--log-dir "$2") && launcher+=(--enable_each_rank_log "$2") ;;
         --help | -h)
             usage
             exit 0
@@ -72,4 +73,4 @@ fi
 # Tensor and context parallelism need it on GPUs before Blackwell; Megatron stops without it.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
-run_watched deepspeed --hostfile "$no_hostfile" "${launcher[@]}" "${run[@]}"
+run_watched "${watch[@]}" -- deepspeed --hostfile "$no_hostfile" "${launcher[@]}" "${run[@]}"

@@ -19,7 +19,8 @@ usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option .
   --env NAME[=VALUE]  forward this variable to every machine as well; may be repeated
   --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
   --node-rank K       line number in the hostfile, from 0
-  --log-dir DIR       one log file per rank instead of one stream
+  --log-dir DIR       one log file per rank instead of one stream; with ssh in a folder per machine, DIR/HOST
+  --no-doctor         do not compare the machines before the start (with ssh)
   --help
 
 Everything else goes to `megatron_patch run` as it is: [SCRIPT.py], Megatron's flags, megatron_patch's flags.
@@ -39,7 +40,10 @@ hostfile=""
 master_addr=""
 ssh_port=""
 node_rank=""
+master_port=29500
+log_dir=""
 ssh=true
+watch=()
 environment=()
 launcher=()
 flags=()
@@ -53,11 +57,16 @@ while (($#)); do
         --config) need "$@" && config="$2" ;;
         --hostfile) need "$@" && hostfile="$2" ;;
         --master-addr) need "$@" && master_addr="$2" ;;
-        --master-port) need "$@" && launcher+=(--master_port "$2") ;;
+        --master-port) need "$@" && master_port="$2" && launcher+=(--master_port "$2") ;;
         --ssh-port) need "$@" && ssh_port="$2" ;;
         --env) need "$@" && environment+=("$2") ;;
         --node-rank) need "$@" && node_rank="$2" ;;
-        --log-dir) need "$@" && launcher+=(--enable_each_rank_log "$2") ;;
+        --log-dir) need "$@" && log_dir="$2" ;;
+        --no-doctor)
+            watch+=(--no-doctor)
+            shift
+            continue
+            ;;
         --no-ssh)
             ssh=false
             shift
@@ -92,6 +101,7 @@ for setting in "${environment[@]}"; do
         die "--env $setting: the variable is not set here; give --env $setting=VALUE"
     fi
 done
+[[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] || die "--master-port $master_port: expected 1 to 65535"
 [[ -z "$master_addr" ]] || launcher=(--master_addr "$master_addr" "${launcher[@]}")
 run=(--no_local_rank --module megatron_patch run --config "$config" "${flags[@]}")
 
@@ -100,7 +110,9 @@ if [[ "$ssh" == false ]]; then
     [[ -z "$ssh_port" ]] || die "--ssh-port $ssh_port: nothing goes over ssh with --no-ssh; drop one of them"
     # Without it DeepSpeed asks the first host over ssh, --no_ssh or not.
     [[ -n "$master_addr" ]] || die "--no-ssh needs --master-addr, the address of the first machine"
-    run_watched deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
+    [[ -z "$log_dir" ]] || launcher+=(--enable_each_rank_log "$log_dir") watch+=(--log-dir "$log_dir")
+    run_watched --one-of-several "${watch[@]}" \
+        -- deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
 fi
 
 [[ -z "$node_rank" ]] || die "--node-rank $node_rank: only together with --no-ssh"
@@ -111,7 +123,11 @@ if [[ -n "$ssh_port" ]]; then
         die "--ssh-port $ssh_port: expected 1 to 65535"
     fi
     launcher=(--ssh_port "$ssh_port" "${launcher[@]}")
+    watch+=(--ssh-port "$ssh_port")
 fi
+
+# With one host DeepSpeed would start the ranks here, whichever host it is.
+((hosts_in_file > 1)) || launcher=(--force_multi "${launcher[@]}")
 
 # pdsh hands the command to a shell on every machine, DeepSpeed quotes nothing but spaces, and pdsh expands %.
 harmless='^[A-Za-z0-9 _@+=:,./^-]*$'
@@ -120,6 +136,14 @@ for word in "$config" "${flags[@]}"; do
     [[ -n "$word" && "$word" =~ $harmless ]] \
         || die "argument '$word' would not survive the remote shell: put it into the YAML file, or use --no-ssh"
 done
+
+if [[ -n "$log_dir" ]]; then
+    [[ "$log_dir" =~ $harmless && "$log_dir" != *" "* ]] \
+        || die "--log-dir $log_dir: a remote shell would take it apart; give a name of letters, digits and . _ - /"
+    # pdsh puts each machine's name for %h: the files' own names do not say where a rank was.
+    launcher+=(--enable_each_rank_log "$log_dir/%h")
+    watch+=(--log-dir "$log_dir/%h")
+fi
 
 # DeepSpeed forwards few variables; the rest go through the file it calls .deepspeed_env. It chokes on comments and blank
 # lines in it and does not escape values, so every line is checked here and written to a file of our own.
@@ -154,5 +178,7 @@ for setting in "${environment[@]}"; do
     name="${setting%%=*}"
     forward "$name" "${!name}" "--env"
 done
-export DS_ENV_FILE="$env_file"
-run_watched deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}"
+
+# The program that runs the command removes the file, so no trap must.
+run_watched --hostfile "$hostfile" --master-port "$master_port" --env-file "$env_file" "${watch[@]}" \
+    -- deepspeed --hostfile "$hostfile" "${launcher[@]}" "${run[@]}"

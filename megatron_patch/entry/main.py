@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "turn runs or a sweep into one HTML page and a picture",
     "tokenizer": "train a sentencepiece tokenizer",
     "preprocess": "turn text into a Megatron dataset (.bin and .idx)",
+    "doctor": "say of every host of a hostfile what would keep a run from starting",
 }
 """Each is the module of the same name in this folder, with what --help says of it."""
 

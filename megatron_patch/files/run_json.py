@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ LOSS = "lm loss"
 """Megatron's name of the loss, in nats per token."""
 VALIDATION, TEST = "validation", "test"
 """What is evaluated on."""
+JOB = "MEGATRON_PATCH_JOB"
+"""The variable that names a launch by the scripts in launch/, on every host; see `megatron_patch.hosts`."""
 
 
 class Status(StrEnum):
@@ -85,6 +88,8 @@ class RunRecord:
             "status": Status.RUNNING,
             "started": _now(),
             "command": sys.argv,
+            "job": os.environ.get(JOB),
+            "host": socket.gethostname(),
             "iteration": iteration,
             "train_iterations": args.train_iters,
             "final_loss": None,
@@ -206,6 +211,12 @@ class RunJson:
     def stands(self, *statuses: Status) -> bool:
         """Return whether it has one of these; False also if it has none."""
         return isinstance(self.content, dict) and self.content.get("status") in statuses
+
+    @property
+    def job(self) -> str | None:
+        """The job id of the start that wrote it; None if it has none, or no form that is known."""
+        job = self.content.get("job") if isinstance(self.content, dict) else None
+        return job if isinstance(job, str) else None
 
     @property
     def place(self) -> str:

@@ -90,6 +90,22 @@ def test_hostfiles_that_deepspeed_reads(bench: Bench, content: str) -> None:
     assert bench.run("pretrain_multinode.sh", *ARGUMENTS).code == 0
 
 
+def test_logs_of_each_machine_have_a_folder(bench: Bench) -> None:
+    """pdsh puts the machine's name for %h."""
+    result = bench.run("pretrain_multinode.sh", *ARGUMENTS, "--log-dir", "logs/a")
+    assert result.argv == ["--hostfile", "hosts", "--enable_each_rank_log", "logs/a/%h", *RUN]
+    refused = bench.run("pretrain_multinode.sh", *ARGUMENTS, "--log-dir", "my logs")
+    assert (refused.code, len(refused.calls)) == (2, 1)
+    assert "--log-dir my logs: a remote shell would take it apart" in refused.err
+
+
+def test_one_host_is_reached_over_ssh_too(bench: Bench) -> None:
+    """DeepSpeed alone would start its ranks on the launching machine."""
+    (bench.folder / "hosts").write_text("node1 slots=8\n")
+    result = bench.run("pretrain_multinode.sh", *ARGUMENTS)
+    assert result.argv == ["--hostfile", "hosts", "--force_multi", *RUN]
+
+
 def test_ssh_port(bench: Bench) -> None:
     from deepspeed.launcher.runner import parse_args
 
@@ -133,6 +149,9 @@ def test_environment_file(bench: Bench) -> None:
     )
     assert result.code == 0, result.err
     lines = (result.calls[0]["env_file"] or "").splitlines()
+    jobs = [line for line in lines if line.startswith("MEGATRON_PATCH_JOB=")]
+    assert len(jobs) == 1 and jobs[0] in result.out.replace("> job ", "MEGATRON_PATCH_JOB=")
+    lines.remove(jobs[0])
     assert sorted(lines) == sorted(
         [
             "CUDA_DEVICE_MAX_CONNECTIONS=1",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -149,10 +150,45 @@ print("pool", runner.fetch_hostfile(args.hostfile), runner.fetch_hostfile(runner
     def test_success_is_not_believed_while_ranks_live(self, bench: Bench) -> None:
         """DeepSpeed's runner exits 0 when its launch.py was killed; the ranks are then orphans that hold the GPUs."""
         orphan = "import subprocess; print(subprocess.Popen(['sleep', '5000']).pid, file=open('orphan', 'w'))"
-        result = bench.run("pretrain.sh", "--config", "config.yaml", THEN=orphan, LAUNCH_PATIENCE="1")
+        result = bench.run("pretrain.sh", "--config", "config.yaml", THEN=orphan)
         assert result.code == 1
-        assert "outlived the launcher" in result.err
+        assert "deepspeed or pdsh was killed, and what it had started was not" in result.err
         wait_for_the_end(int((bench.folder / "orphan").read_text()))
+
+    def test_a_killed_script_takes_the_ranks_with_it(self, bench: Bench) -> None:
+        rank = (
+            "import subprocess; r = subprocess.Popen(['sleep', '5000']); print(r.pid, file=open('rank', 'w')); r.wait()"
+        )
+        command = [str(LAUNCH / "pretrain.sh"), "--config", "config.yaml"]
+        script = subprocess.Popen(command, cwd=bench.folder, env=bench.environment(THEN=rank))
+        pid_file = bench.folder / "rank"
+        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
+            assert script.poll() is None, "it ended before its rank began"
+            time.sleep(0.1)
+        script.kill()
+        assert script.wait(timeout=1800) == -9
+        wait_for_the_end(int(pid_file.read_text()))
+
+    def test_a_second_start_into_one_folder_is_refused(self, bench: Bench) -> None:
+        command = [str(LAUNCH / "pretrain.sh"), "--config", "config.yaml", "--save", "s"]
+        first = subprocess.Popen(command, cwd=bench.folder, env=bench.environment(THEN="import time; time.sleep(5000)"))
+        while not (bench.folder / "calls").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        second = bench.run("pretrain.sh", "--config", "config.yaml", "--save", "s")
+        assert (second.code, len(second.calls)) == (2, 1)
+        assert "expected a folder that no other run writes to, and job " in second.err
+        first.terminate()
+        assert first.wait(timeout=1800) == 143
+        assert list((bench.folder / "s").iterdir()) == []
+
+    def test_the_first_error_is_the_last_line(self, bench: Bench) -> None:
+        then = "print('[rank3]: ValueError: no such data', file=sys.stderr); sys.exit(5)"
+        result = bench.run("pretrain.sh", "--config", "config.yaml", THEN=then)
+        host = socket.gethostname()
+        assert result.code == 5
+        last = result.err.splitlines()[-1]
+        assert last == f"pretrain.sh: failed, exit code 5: {host}: rank 3: ValueError: no such data"
 
     def test_sigterm_reaches_the_ranks(self, bench: Bench) -> None:
         """DeepSpeed's runner keeps a SIGTERM to itself; the script sends it to the whole process group."""

@@ -51,9 +51,10 @@ FLOORS = {
         "errors theory files runs fit",
         "matplotlib jinja2 markupsafe numpy rich",
     ),
+    "hosts": Floor("a launch on several hosts: checked, watched, ended everywhere, judged", "errors files"),
     "entry": Floor(
         "the commands",
-        "version errors theory files config upstream data sweep transfer report",
+        "version errors theory files config upstream data sweep transfer report hosts",
         "rich",
     ),
 }

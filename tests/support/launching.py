@@ -42,6 +42,16 @@ print("gpu07\\ngpu08")
 """
 
 
+# Every host is this machine, as the agents of megatron_patch.hosts see it.
+SSH = """\
+import os, sys
+words = sys.argv[1:]
+while words[0].startswith("-"):
+    del words[: 2 if words[0] in ("-o", "-p") else 1]
+os.execv("/bin/sh", ["sh", "-c", " ".join(words[1:])])
+"""
+
+
 @dataclass
 class Result:
     """What a script did: its exit code and output, and every call of deepspeed in order."""
@@ -68,9 +78,11 @@ class Bench:
         self.bin.mkdir()
         (folder / "home").mkdir()
         (folder / "config.yaml").write_text("num-layers: 2\n")
+        (folder / ODD[0]).touch()
         (folder / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
         self.command("deepspeed", RECORDER)
         self.command("pdsh", RECORDER)
+        self.command("ssh", SSH)
         self.command("srun", SRUN)
         self.command("scontrol", SCONTROL)
 
