@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.cluster.facts import code, differences, digest, sampled, versions, who
 from megatron_patch.errors import ConfigError
+from megatron_patch.hosts.same import code, differences, digest, sampled, versions, who
 from megatron_patch.upstream.ranks import gather
 
 OF_A_RANK = frozenset({"rank", "local_rank"})

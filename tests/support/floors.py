@@ -22,11 +22,11 @@ FLOORS = {
         "what a run writes and a user types: type, writer, reader, constants together", "errors version", "yaml"
     ),
     "config": Floor("our flags as values that know what contradicts what", "errors theory files"),
-    "cluster": Floor("what the hosts of a run have, and whether it is the same"),
+    "hosts": Floor("a run on several hosts: checked, compared, watched, ended everywhere, judged", "errors files"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "upstream": Floor(
         "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
-        "errors theory files config cluster metrics",
+        "errors theory files config hosts metrics",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron deepspeed",
     ),
@@ -51,7 +51,6 @@ FLOORS = {
         "errors theory files runs fit",
         "matplotlib jinja2 markupsafe numpy rich",
     ),
-    "hosts": Floor("a launch on several hosts: checked, watched, ended everywhere, judged", "errors files"),
     "entry": Floor(
         "the commands",
         "version errors theory files config upstream data sweep transfer report hosts",

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.cluster import facts
-from megatron_patch.cluster.facts import SAMPLE_BYTES, SAMPLES, sampled
 from megatron_patch.errors import ConfigError
+from megatron_patch.hosts import same as facts
+from megatron_patch.hosts.same import SAMPLE_BYTES, SAMPLES, sampled
 from megatron_patch.upstream import agreement
 from megatron_patch.upstream.agreement import check_agreement
 from tests.support.pool import Pool, RankFailure

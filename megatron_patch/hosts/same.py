@@ -1,4 +1,4 @@
-"""What a host would train with: versions, variables, source files, data; short texts to compare with other hosts'."""
+"""What a rank would train with: versions, variables, source files, data; short texts to compare with other hosts'."""
 
 import hashlib
 import importlib.metadata

@@ -1,1 +1,0 @@
-"""What the hosts of a run have, and whether it is the same."""
