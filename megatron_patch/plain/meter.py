@@ -252,6 +252,13 @@ def _checked_optimizer(engine: Any, optimizer: Any) -> Any:
                 "data parallelism alone",
                 "measure without it, or with Megatron",
             )
+        if engine.zero_round_robin_gradients():  # 0.19.8: safe_get_full_fp32_param then gives another parameter's
+            raise ConfigError(
+                "model",
+                "an engine with round_robin_gradients",
+                "fp32 weights that DeepSpeed says of the right parameter",
+                "set zero_optimization.round_robin_gradients to false in its config",
+            )
         return engine
     if optimizer is None:
         raise ConfigError("optimizer", None, "the optimizer, beside any model but DeepSpeed's engine", "give it")

@@ -13,7 +13,7 @@ from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.plain import AlignmentMeter, audit, width_groups
 from tests.support.plain_models import MIXED, Mixed, mixed, proxy
 from tests.support.plain_training import PLAN, batch, initialised_engine, train
-from tests.support.pool import Pool
+from tests.support.pool import Pool, RankFailure
 
 LAYOUTS = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
@@ -181,3 +181,12 @@ def test_a_mistake_of_one_rank_is_told_on_all(pool: Pool) -> None:
         strict=True,
     ):
         assert said.startswith(complaint)
+
+
+def test_an_engine_that_mixes_up_its_fp32_weights_is_refused(pool: Pool) -> None:
+    """With round_robin_gradients DeepSpeed 0.19.8 gives another parameter's."""
+    config = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    with pytest.raises(RankFailure) as caught:
+        pool.run(train, ranks=2, layout="zero2", config=config)
+    for text in caught.value.errors.values():
+        assert "model an engine with round_robin_gradients: expected" in text
