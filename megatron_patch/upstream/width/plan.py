@@ -146,7 +146,7 @@ def _override(
         # `lr_mult` is in the key by which groups are matched on resume and nothing reads it: it keeps groups that
         # differ in LR alone apart in every Megatron version.
         override["lr_mult"] = factors.lr
-        if not use_mup:
+        if not use_mup or p.spec.role in ("embedding", "vector"):  # whose LR Megatron's muP leaves to --vector-lr
             override["max_lr"] = config.lr * factors.lr
             override["min_lr"] = (config.min_lr or 0.0) * factors.lr
     decayed_by_default = p.spec.role != "vector" or (config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name))

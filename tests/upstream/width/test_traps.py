@@ -52,6 +52,20 @@ def test_megatrons_mup_scales_lr_and_eps_and_we_add_the_weight_decay(rule: str, 
     )
 
 
+def test_megatrons_mup_leaves_embedding_and_gains_to_vector_lr(pool: Pool, tmp_path: Path):
+    words = f"{MUP} --width-scaling independent --base-hidden-size 16 --vector-lr 0.03".split()
+    ((values, file),) = pool.run(build_all, runs=[words], directory=str(tmp_path))[0]
+    for name, value in values.items():
+        vector = "norm" in name or "embedding" in name
+        lr = 0.03 if vector else 0.01 if "output" in name else 0.0025
+        assert value["max_lr"] == pytest.approx(lr, rel=1e-12), name
+        assert value["min_lr"] == pytest.approx(lr / 10, rel=1e-12), name
+        assert value["eps"] == pytest.approx(1e-8 if vector or "output" in name else 2.5e-9, rel=1e-12), name
+    assert {p["name"]: p["lr"] for p in file["parameters"]} == pytest.approx(
+        {name: value["max_lr"] for name, value in values.items()}, rel=1e-12
+    )
+
+
 def test_measuring_megatrons_mup_changes_nothing_and_is_allowed(pool: Pool, tmp_path: Path):
     """Without a rule of ours there is nothing to audit: hyperparameters.json shows what Megatron set."""
     ((values, _), (measured, file)) = pool.run(build_both, words=MUP.split(), directory=str(tmp_path))[0]
