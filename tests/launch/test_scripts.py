@@ -13,7 +13,7 @@ import pytest
 from tests.support.launching import ALONE, LAUNCH, ODD, RECORDER, RUN, Bench, wait_for_the_end
 
 SCRIPTS = ["pretrain.sh", "pretrain_multinode.sh", "slurm.sbatch"]
-WHOLE_JOBS = ["quickstart.sh", "sweep_example.sh"]
+WHOLE_JOBS = ["figures.sh", "quickstart.sh", "sweep_example.sh"]
 JOB = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96"}
 
 

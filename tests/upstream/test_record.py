@@ -174,6 +174,8 @@ def test_run_json_at_the_start_along_the_way_and_in_the_end(finished: tuple[Path
         "started",
         "updated",
         "command",
+        "job",
+        "host",
         "iteration",
         "train_iterations",
         "final_loss",
