@@ -1,5 +1,6 @@
 """The audit reads the engine's live groups: at the start, and every --audit-interval iterations, on every rank."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,8 @@ class Tampered(Watched):
 def test_a_group_that_was_changed_stops_the_run(pool: Pool, tmp_path: Path, stage: int, key: str) -> None:
     argv = [*RUN, *ds_json(tmp_path, stage), "--audit-interval", "1"]
     said = failure(pool, 2, argv, Tampered(key=key))
-    assert f"AuditError: rank 1: embedding.position_embeddings.weight: the optimizer has {key} = " in said or (
-        f"AuditError: rank 1: embedding.word_embeddings.weight: the optimizer has {key} = " in said
-    )
-    assert said.count("AuditError: rank 1") == 2
+    found = re.findall(rf"AuditError: (rank 1 on \S+): embedding\.\w+\.weight: the optimizer has {key} = ", said)
+    assert len(found) == 2, said  # the same on both ranks, which names the one that is wrong
 
 
 def test_the_interval_is_kept_and_0_never_looks(pool: Pool, tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_the_interval_is_kept_and_0_never_looks(pool: Pool, tmp_path: Path) -> N
 def test_megatrons_optimizer_is_audited_as_often(pool: Pool) -> None:
     argv = [*RUN, "--audit-interval", "1"]
     said = failure(pool, 2, argv, Tampered(key="eps", back_end="megatron"))
-    assert "AuditError: rank 1: embedding." in said
+    assert re.search(r"AuditError: rank 1 on \S+: embedding\.", said)
 
 
 @dataclass
