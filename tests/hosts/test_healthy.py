@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,10 @@ def printed(output: str) -> list[tuple[str, str, str]]:
     return re.findall(r"iteration +(\d+)/.* lm loss: (\S+) .* grad norm: (\S+) ", output)
 
 
-def on_one_host(folder: Path, *flags: str) -> str:
-    """Train with two ranks on this machine and return what was printed."""
-    script = str(LAUNCH / "pretrain.sh")
-    command = [script, "--num-gpus", "2", "--master-port", "29517", "--config", "tiny.yaml", *flags]
-    one = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert one.returncode == 0, one.stdout + one.stderr
-    return one.stdout
+def on_one_host(hosts: TwoHosts, folder: Path, *flags: str) -> str:
+    """Train with two ranks on nodea, whose ports are its own, and return what was printed."""
+    command = [str(LAUNCH / "pretrain.sh"), "--num-gpus", "2", "--config", "tiny.yaml", *flags]
+    return hosts.a.run(*command, cwd=folder, env=environment())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -49,7 +45,7 @@ def test_two_hosts_train_as_one_does(hosts: TwoHosts, tmp_path: Path, layout: st
         cwd=tmp_path,
         env=environment(),
     )
-    one = on_one_host(tmp_path, *flags, "--save", "one")
+    one = on_one_host(hosts, tmp_path, *flags, "--save", "one")
     assert re.search(r"^nodea: ", across, re.MULTILINE) and re.search(r"^nodeb: ", across, re.MULTILINE)
     steps = printed(across)
     assert [iteration for iteration, _, _ in steps] == [str(number + 1) for number in range(6)]
@@ -76,7 +72,9 @@ def test_a_killed_run_is_resumed_as_if_nothing_had_happened(hosts: TwoHosts, tmp
     assert second.ends() == 0, second.output
     assert "Megatron left by itself before the end" in second.last
     reached = json.loads((tmp_path / "s/transfer/run.json").read_text())["iteration"]
-    on_one_host(tmp_path, "--tensor-model-parallel-size", "2", "--save", "one", *flags, "--exit-interval", str(reached))
+    on_one_host(
+        hosts, tmp_path, "--tensor-model-parallel-size", "2", "--save", "one", *flags, "--exit-interval", str(reached)
+    )
     for name in METRICS:
         lines = (tmp_path / "s/transfer" / name).read_bytes()
         assert lines.count(b"\n") >= 4
