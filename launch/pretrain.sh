@@ -16,6 +16,7 @@ usage: launch/pretrain.sh --config FILE.yaml [option ...] [flag ...]
                     CUDA_VISIBLE_DEVICES
   --gpus LIST       instead of --num-gpus: these GPUs, e.g. 2,3
   --master-port P   default 29500; two jobs on one machine need two ports
+  --restarts N      go on from the last checkpoint after a crash, at most N times; --load must be --save
   --log-dir DIR     one log file per rank instead of one stream
   --help
 
@@ -34,7 +35,7 @@ launcher=()
 flags=()
 while (($#)); do
     case "$1" in
-        --config=* | --num-gpus=* | --gpus=* | --master-port=* | --log-dir=*)
+        --config=* | --num-gpus=* | --gpus=* | --master-port=* | --log-dir=* | --restarts=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -42,7 +43,8 @@ while (($#)); do
         --num-gpus) need "$@" && num_gpus="$2" ;;
         --gpus) need "$@" && gpus="$2" ;;
         --master-port) need "$@" && launcher+=(--master_port "$2") ;;
-        --log-dir) need "$@" && watch=(--log-dir "$2") && launcher+=(--enable_each_rank_log "$2") ;;
+        --restarts) need "$@" && watch+=(--restarts "$2") ;;
+        --log-dir) need "$@" && watch+=(--log-dir "$2") && launcher+=(--enable_each_rank_log "$2") ;;
         --help | -h)
             usage
             exit 0

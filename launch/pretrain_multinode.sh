@@ -20,6 +20,7 @@ usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option .
   --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
   --node-rank K       line number in the hostfile, from 0
   --log-dir DIR       one log file per rank instead of one stream; with ssh in a folder per machine, DIR/HOST
+  --restarts N        go on from the last checkpoint after a crash, at most N times (with ssh); --load must be --save
   --no-doctor         do not compare the machines before the start (with ssh)
   --help
 
@@ -50,7 +51,7 @@ flags=()
 while (($#)); do
     case "$1" in
         --config=* | --hostfile=* | --master-addr=* | --master-port=* | --ssh-port=* | --env=* | \
-            --node-rank=* | --log-dir=*)
+            --node-rank=* | --log-dir=* | --restarts=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -62,6 +63,7 @@ while (($#)); do
         --env) need "$@" && environment+=("$2") ;;
         --node-rank) need "$@" && node_rank="$2" ;;
         --log-dir) need "$@" && log_dir="$2" ;;
+        --restarts) need "$@" && watch+=(--restarts "$2") ;;
         --no-doctor)
             watch+=(--no-doctor)
             shift

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from megatron_patch.config import Settings
@@ -17,11 +18,12 @@ from megatron_patch.config.arguments import add_arguments
 from megatron_patch.entry.exits import exit_code
 from megatron_patch.entry.run import split_command_line, yaml_arguments
 from megatron_patch.errors import ConfigError
-from megatron_patch.files.run_json import JOB
+from megatron_patch.files.run_json import JOB, Status
 from megatron_patch.files.yaml_flags import load_yaml
 from megatron_patch.hosts.check import Wanted, examine, greet, read_hostfile, take_save
 from megatron_patch.hosts.job import Job, Launch
 from megatron_patch.hosts.remote import Hosts, ssh_arguments
+from megatron_patch.hosts.restarts import TRACKER, Ended, check_restarts, supervised
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,26 +36,51 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--log-dir")
     parser.add_argument("--env-file", help="DeepSpeed's file of variables for all hosts; removed at the end")
     parser.add_argument("--no-doctor", action="store_true", help="do not compare the hosts beforehand")
+    parser.add_argument("--restarts", type=int, default=0, help="after a crash, from the last checkpoint")
     parser.add_argument("--one-of-several", action="store_true", help="others are started elsewhere, not over ssh")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     args = parser.parse_args(argv)
     try:
-        return exit_code(lambda: supervise(args), interrupted="nothing was started")
+        return exit_code(lambda: _restarted(args), interrupted="nothing was started")
     finally:
         if args.env_file:
             with contextlib.suppress(OSError):
                 os.remove(args.env_file)
 
 
-def where_it_writes(run: Sequence[str]) -> tuple[str, str | None, str | None]:
-    """Return config, --save and the folder of run.json (None: none is written) of what follows ``run``.
+def _restarted(args: argparse.Namespace) -> int:
+    if args.restarts:
+        _, save, load, _ = where_it_writes(_run_of(args))
+        if args.one_of_several:
+            fix = "drop it, and start again what your scheduler restarts"
+            raise ConfigError("--restarts", args.restarts, "one launching side for all hosts, not --no-ssh", fix)
+        check_restarts(args.restarts, save, load)
+
+    def say(text: str) -> None:
+        print(f"{args.name}: {text}", file=sys.stderr, flush=True)
+
+    return supervised(lambda: supervise(args), args.restarts, say, time.sleep)
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    return list(args.command[1:] if args.command[:1] == ["--"] else args.command)
+
+
+def _run_of(args: argparse.Namespace) -> list[str]:
+    """What follows ``megatron_patch run``."""
+    command = _command(args)
+    return command[command.index("megatron_patch") + 2 :]
+
+
+def where_it_writes(run: Sequence[str]) -> tuple[str, str | None, str | None, str | None]:
+    """Return config, --save, --load and the folder of run.json (None: none is written) of what follows ``run``.
 
     Raises:
         ConfigError: the config cannot be read, or the script is missing.
     """
     config, _, arguments = split_command_line(run)
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False))
-    for flag in ("--save", "--tensorboard-dir"):
+    for flag in ("--save", "--load", "--tensorboard-dir"):
         parser.add_argument(flag)
     parser.add_argument("--skip-train", action="store_true")
     flags = load_yaml(config) if config else {}
@@ -62,19 +89,17 @@ def where_it_writes(run: Sequence[str]) -> tuple[str, str | None, str | None]:
         known, _ = parser.parse_known_args([*yaml_arguments(flags, parser, arguments), *arguments])
         settings = Settings.of(vars(known))
         writes = settings.active and not known.skip_train
-        return config or "", known.save, settings.metrics.directory if writes else None
-    return config or "", None, None
+        return config or "", known.save, known.load, settings.metrics.directory if writes else None
+    return config or "", None, None, None
 
 
-def supervise(args: argparse.Namespace) -> int:
-    """Start the command and see it to its end; return the exit code.
+def supervise(args: argparse.Namespace) -> Ended:
+    """Start the command and see it to its end.
 
     Raises:
         ConfigError: a host cannot be reached or differs, --save is taken or not one place: nothing was started.
     """
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    run = command[command.index("megatron_patch") + 2 :]
-    config, save, metrics = where_it_writes(run)
+    config, save, _, metrics = where_it_writes(_run_of(args))
     if args.one_of_several:
         save = metrics = None  # whose they are, this machine alone cannot say
     names = read_hostfile(args.hostfile) if args.hostfile else (socket.gethostname(),)
@@ -97,9 +122,18 @@ def supervise(args: argparse.Namespace) -> int:
             if (dead := take_save(hosts, job.save, record)) is not None:
                 clean_up(hosts, launch, dead)
         print(f"> job {job.id} on {' '.join(names)}", flush=True)
-        return launch.run(command, environment(job, args.env_file))
+        code = launch.run(_command(args), environment(job, args.env_file))
+        found = launch.record() if args.restarts else None
+        tracker = checkpointed(hosts, job.save) if args.restarts and job.save else None
+        return Ended(code, found is not None and found[1].stands(Status.DIVERGED), tracker)
     finally:
         hosts.close()
+
+
+def checkpointed(hosts: Hosts, save: str) -> str | None:
+    """Return what Megatron's tracker file says, where a host sees one."""
+    said = hosts.ask("read", path=os.path.join(save, TRACKER)).values()
+    return next((text.strip() for text in said if isinstance(text, str)), None)
 
 
 def doctor(hosts: Hosts, wanted: Wanted, name: str) -> None:

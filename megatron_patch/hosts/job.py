@@ -314,8 +314,8 @@ class Launch:
         self.say(f"failed, exit code {code}: {first or 'the launcher gave no reason; see what was printed'}{also}")
         return code
 
-    def _record(self) -> Finding | str | None:
-        """What run.json says of this start: what is wrong with it, or what is worth telling."""
+    def record(self) -> tuple[str, RunJson] | None:
+        """Return this start's run.json, and a host that sees it; None if there is none."""
         if self._job.metrics is None:
             return None
         path = os.path.join(self._job.metrics, RUN_JSON)
@@ -326,14 +326,24 @@ class Launch:
                 record = RunJson(path, json.loads(text))
             except ValueError:
                 continue
-            if record.job != self._job.id:
-                continue
-            if record.stands(Status.FINISHED):
-                return None
-            if record.stands(Status.STOPPED):
-                return f"Megatron left by itself before the end: {path}: {record.place}"
-            return Finding(host, f"{path}: {record.place}, though every rank left with exit code 0")
-        return Finding("", f"{path} is not of this start, though every rank left with exit code 0")
+            if record.job == self._job.id:
+                return host, record
+        return None
+
+    def _record(self) -> Finding | str | None:
+        """What run.json says of this start: what is wrong with it, or what is worth telling."""
+        if self._job.metrics is None:
+            return None
+        found = self.record()
+        if found is None:
+            path = os.path.join(self._job.metrics, RUN_JSON)
+            return Finding("", f"{path} is not of this start, though every rank left with exit code 0")
+        host, record = found
+        if record.stands(Status.FINISHED):
+            return None
+        if record.stands(Status.STOPPED):
+            return f"Megatron left by itself before the end: {record.path}: {record.place}"
+        return Finding(host, f"{record.path}: {record.place}, though every rank left with exit code 0")
 
 
 def full(hosts: Hosts, save: str) -> str:

@@ -316,7 +316,7 @@ class TestBeforeTheStart:
     ) -> None:
         config = tmp_path / "c.yaml"
         config.write_text(yaml)
-        assert where_it_writes(["--config", str(config), *flags]) == (str(config), save, metrics)
+        assert where_it_writes(["--config", str(config), *flags]) == (str(config), save, None, metrics)
 
 
 class TestVerdict:
