@@ -125,8 +125,9 @@ def forecast_shift(
         return mean_log2_rrc(course, round(fan_in * m), target_lr, decay, target_rho_0) - wanted
 
     low, high = -OCTAVES, OCTAVES
-    if decay > 0:  # above it the weight-norm model has no equilibrium
-        high = min(high, math.log2(0.999 / (decay * lr * m**-rule.lr_exponent)))
+    shrink = decay * lr * m**-rule.lr_exponent
+    if shrink > 0:  # at 1 and above the weight-norm model has no equilibrium
+        high = min(high, math.log2(0.999) - math.log2(shrink))
     if not misses(low) < 0 < misses(high):
         raise ValueError(f"no shift within {OCTAVES:g} octaves")
     for _ in range(40):

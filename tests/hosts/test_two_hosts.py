@@ -12,7 +12,8 @@ import pytest
 from tests.support.two_hosts import TwoHosts, environment, wait_for
 
 KEEPER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests with & ignores it for all
 from pathlib import Path
 from tests.support.two_hosts import TwoHosts
 with TwoHosts(Path(sys.argv[1])) as hosts:

@@ -29,6 +29,9 @@ NOT_RESTORED = {
     "cpu",
     "allow_untested_megatron",
     "allow_rank_differences",
+    "audit_interval",
+    "deepspeed",
+    "deepspeed_config",
 }
 
 
