@@ -7,7 +7,6 @@ fault takes seconds of a processor instead of a minute. ssh, pdsh, sshd and Deep
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +131,7 @@ class Start:
                 "runner": not job and "bin/deepspeed " in words and "supervise" not in words,
                 "pdsh": words.startswith("pdsh "),
                 "script": "supervise.py" in words,
-                "agent": "hosts.agent" in words and words.startswith(sys.executable),
+                "agent": "hosts.agent" in words and os.path.basename(words.split()[0]).startswith("python"),
             }[what]
             if found:
                 return pid
