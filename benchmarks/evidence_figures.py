@@ -8,6 +8,7 @@ tables in docs/evidence.md, between the lines `<!-- NAME -->` or `<!-- NAME fore
 
 import argparse
 import csv
+import dataclasses
 import math
 import re
 import statistics
@@ -138,13 +139,13 @@ def mean_log2_rrcs(path: Path) -> dict[Key, dict[float, float]]:
     return {key: {x: statistics.fmean(logs) for x, logs in sorted(curve.items())} for key, curve in values.items()}
 
 
-def course_of(name: str, snr: float) -> Course:
-    """Return the run of a sweep as the forecast sees it."""
+def course_of(name: str) -> Course:
+    """Return the run of a sweep as the forecast sees it, with a gradient of noise alone."""
     flags = sweep_file(name).flags
     steps, warmup = int(flags["train-iters"]), int(flags["lr-warmup-iters"])
     factors = [linear_warmup_linear_decay(t, 1.0, warmup, steps) for t in range(steps)]
     tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
-    return Course(factors, float(flags["weight-decay"]), tokens, snr, momentum_update_rms(float(flags["adam-beta1"])))
+    return Course(factors, float(flags["weight-decay"]), tokens, 0.0, momentum_update_rms(float(flags["adam-beta1"])))
 
 
 def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
@@ -153,13 +154,13 @@ def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
     assert proxy.optimum is not None
     start, narrow = proxy.optimum.log2_lr, proxy.hidden_size
     alignments = measured.median((narrow, measured.keys[0][1]), "update_alignment")
-    snr = snr_of(statistics.median(alignments.values()), narrow, course_of(name, 0.0).tokens)
-    course = course_of(name, snr)
+    noise = course_of(name)
+    course = dataclasses.replace(noise, snr=snr_of(statistics.median(alignments.values()), narrow, noise.tokens))
     rrcs = mean_log2_rrcs(tables(name) / "layers.csv")
     base = rrcs[measured.keys[0]]
     at_proxy = float(np.interp(start, list(base), list(base.values())))
     lines = [
-        f"phi {snr:.3f} of the proxy; its mean log2 RRC at its optimum is {at_proxy:.2f}.",
+        f"phi {course.snr:.3f} of the proxy; its mean log2 RRC at its optimum is {at_proxy:.2f}.",
         "",
         "| rule | width | forecast | from the wide runs' RRC | measured | mean log2 RRC at the optimum |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What launch/pretrain_multinode.sh hands its command line to; not a command of its own."""
+"""What pretrain.sh and pretrain_multinode.sh hand their command lines to; not a command of its own."""
 
 import sys
 from pathlib import Path

@@ -11,11 +11,11 @@ from typing import Any
 from megatron_patch.errors import ConfigError
 from megatron_patch.hosts.job import CLOCKS
 from megatron_patch.hosts.remote import Hosts, Lost
+from megatron_patch.hosts.same import PACKAGES
 from megatron_patch.hosts.save_lock import LOCK
 
 HELLO = 90.0
 """Seconds for ssh and Python to start on the slowest host; one that cannot be reached is told after 10."""
-PACKAGES = ("torch", "megatron-core", "deepspeed", "megatron-patch", "transformer-engine", "numpy")
 SEEN = 10.0
 """Seconds after which a file that one host wrote is seen by the others, where it is the same file system."""
 
@@ -88,7 +88,7 @@ def examine(hosts: Hosts, wanted: Wanted) -> list[Trouble]:
     common: dict[str, Any] = {
         "folder": wanted.folder,
         "files": list(wanted.files),
-        "packages": list(PACKAGES),
+        "packages": [*PACKAGES, "megatron-patch"],
         "save": wanted.save,
     }
     first = hosts.first.ask("facts", port=wanted.port, **common)

@@ -29,8 +29,6 @@ PATIENCE = 5.0
 """Seconds between SIGTERM and SIGKILL where a run has failed."""
 PATIENCE_ASKED = 30.0
 """The same where a user or a scheduler ends the run: Megatron may be saving."""
-
-
 ROOM = 64 * 2**20
 """Bytes; a disk with less is told as full where a run has failed."""
 CLOCKS = 30.0

@@ -1,5 +1,6 @@
 """Start a run again after a crash, from its last checkpoint: so many times, and only while it gets further."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ def _over(ended: Ended) -> str:
         return "the run diverged"
     if ended.code == ExitCode.MISTAKE:
         return "a mistake that only you can mend"
-    if ended.code in (ExitCode.INTERRUPTED, 128 + 15, 128 + 1):
+    if ended.code in (ExitCode.INTERRUPTED, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
         return "it was asked to end"
     return ""
 

@@ -14,8 +14,9 @@ PACKAGES = ("megatron-core", "torch", "transformer-engine", "numpy", "deepspeed"
 """Whose versions must agree, beside Python's."""
 SOURCES = ("megatron_patch", "megatron.core", "megatron.training")
 """Whose files must agree."""
-SWITCHES = ("NVTE_", "NVIDIA_TF32_OVERRIDE", "MEGATRON_", "MAMBA_", "TRITON_F32")
-"""Beginnings of environment variables that change what is computed."""
+SWITCHES = ("NVTE_", "NVIDIA_TF32_OVERRIDE", "MAMBA_", "TRITON_F32")
+"""Beginnings of environment variables that change what is computed. Not MEGATRON_: a launch on every host has its own
+MEGATRON_PATCH_JOB."""
 VARIABLE = "the variable "
 SAMPLE_BYTES = 65_536
 SAMPLES = 16

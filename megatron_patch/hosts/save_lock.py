@@ -16,8 +16,6 @@ BEAT = 3.0
 """Seconds between two rewritings."""
 BEATS_MISSED = 10
 """A lock that has not changed for so many beats is a dead job's."""
-
-
 SIZE = 1024
 """Bytes of the file: of several that write it at a time, the last one's text is there as a whole."""
 

@@ -89,6 +89,18 @@ def test_deepspeed_missing(bench: Bench, script: str) -> None:
     assert "deepspeed is not on PATH" in result.err
 
 
+def started_with_a_rank(bench: Bench) -> tuple[subprocess.Popen[bytes], int]:
+    """A script whose launcher waits for a rank, and the rank's PID."""
+    rank = "import subprocess; r = subprocess.Popen(['sleep', '5000']); print(r.pid, file=open('rank', 'w')); r.wait()"
+    command = [str(LAUNCH / "pretrain.sh"), "--config", "config.yaml"]
+    script = subprocess.Popen(command, cwd=bench.folder, env=bench.environment(THEN=rank))
+    pid_file = bench.folder / "rank"
+    while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
+        assert script.poll() is None, "it ended before its rank began"
+        time.sleep(0.1)
+    return script, int(pid_file.read_text())
+
+
 class TestOneMachine:
     def test_exact_command(self, bench: Bench) -> None:
         result = bench.run("pretrain.sh", "--num-gpus", "8", "--config", "config.yaml", "--lr", "1e-3")
@@ -156,18 +168,10 @@ print("pool", runner.fetch_hostfile(args.hostfile), runner.fetch_hostfile(runner
         wait_for_the_end(int((bench.folder / "orphan").read_text()))
 
     def test_a_killed_script_takes_the_ranks_with_it(self, bench: Bench) -> None:
-        rank = (
-            "import subprocess; r = subprocess.Popen(['sleep', '5000']); print(r.pid, file=open('rank', 'w')); r.wait()"
-        )
-        command = [str(LAUNCH / "pretrain.sh"), "--config", "config.yaml"]
-        script = subprocess.Popen(command, cwd=bench.folder, env=bench.environment(THEN=rank))
-        pid_file = bench.folder / "rank"
-        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
-            assert script.poll() is None, "it ended before its rank began"
-            time.sleep(0.1)
+        script, rank = started_with_a_rank(bench)
         script.kill()
         assert script.wait(timeout=1800) == -9
-        wait_for_the_end(int(pid_file.read_text()))
+        wait_for_the_end(rank)
 
     def test_a_second_start_into_one_folder_is_refused(self, bench: Bench) -> None:
         command = [str(LAUNCH / "pretrain.sh"), "--config", "config.yaml", "--save", "s"]
@@ -191,19 +195,11 @@ print("pool", runner.fetch_hostfile(args.hostfile), runner.fetch_hostfile(runner
         assert last == f"pretrain.sh: failed, exit code 5: {host}: rank 3: ValueError: no such data"
 
     def test_sigterm_reaches_the_ranks(self, bench: Bench) -> None:
-        """DeepSpeed's runner keeps a SIGTERM to itself; the script sends it to the whole process group."""
-        rank = (
-            "import subprocess; r = subprocess.Popen(['sleep', '5000']); print(r.pid, file=open('rank', 'w')); r.wait()"
-        )
-        command = [str(LAUNCH / "pretrain.sh"), "--config", "config.yaml"]
-        script = subprocess.Popen(command, cwd=bench.folder, env=bench.environment(THEN=rank))
-        pid_file = bench.folder / "rank"
-        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
-            assert script.poll() is None, "it ended before its rank began"
-            time.sleep(0.1)
+        """DeepSpeed's runner keeps a SIGTERM to itself; the script sends it to every process of the job."""
+        script, rank = started_with_a_rank(bench)
         script.terminate()
         assert script.wait(timeout=1800) == 143
-        wait_for_the_end(int(pid_file.read_text()))
+        wait_for_the_end(rank)
 
 
 class TestSlurm:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_patch.errors import ConfigError
+from megatron_patch.files.run_json import JOB
 from megatron_patch.hosts import same as facts
 from megatron_patch.hosts.same import SAMPLE_BYTES, SAMPLES, sampled
 from megatron_patch.upstream import agreement
@@ -60,7 +61,8 @@ def _as_hosts(difference: Callable[[Namespace, int, Path], None], allow: bool, f
 
 
 def nothing(args: Namespace, rank: int, own: Path) -> None:
-    """Two hosts that agree, with paths of their own."""
+    """Two hosts that agree, with paths of their own, each with a launch of its own as --no-ssh and Slurm have."""
+    os.environ[JOB] = f"job-of-node{rank}"
 
 
 def data(args: Namespace, rank: int, own: Path) -> None:

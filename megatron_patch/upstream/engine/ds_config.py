@@ -130,12 +130,13 @@ _PASSED = (
 _BLOCKS = {"optimizer": ("type", "params"), "fp16": ("enabled",)}
 """Blocks of which only these keys are known here."""
 
+_ZERO_PLUS_PLUS = ("no ZeRO++: it is not tested with the audit and the metrics", "remove it")
 _ZERO_REFUSED: dict[str, tuple[str, str]] = {
     "zenflow": ("no ZenFlow: it updates parameters out of step with the scheduler", "remove the block"),
-    "zero_hpz_partition_size": ("no ZeRO++: it is not tested with the audit and the metrics", "remove it"),
-    "zero_quantized_weights": ("no ZeRO++: it is not tested with the audit and the metrics", "remove it"),
-    "zero_quantized_nontrainable_weights": ("no ZeRO++: it is not tested with the audit and the metrics", "remove it"),
-    "zero_quantized_gradients": ("no ZeRO++: it is not tested with the audit and the metrics", "remove it"),
+    "zero_hpz_partition_size": _ZERO_PLUS_PLUS,
+    "zero_quantized_weights": _ZERO_PLUS_PLUS,
+    "zero_quantized_nontrainable_weights": _ZERO_PLUS_PLUS,
+    "zero_quantized_gradients": _ZERO_PLUS_PLUS,
     "cpu_offload": ('"offload_optimizer": {"device": "cpu"}, its present form', "write that"),
     "cpu_offload_params": ('"offload_param": {"device": "cpu"}, its present form', "write that"),
     "round_robin_gradients": (
