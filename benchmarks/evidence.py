@@ -29,6 +29,8 @@ from megatron_patch.sweep.planned import is_done
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS, TABLES = ROOT / "configs" / "evidence", ROOT / "docs" / "evidence"
+INTERRUPTED = 130
+"""What `run_sweep` returns after Ctrl-C."""
 QUICK = "quick"
 """The sweep that says nothing; its tables stay beside its runs."""
 SETTINGS = ("hidden_size", "rule", "lr", "weight_decay", "vector_lr", "steps", "seed")
@@ -145,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.sweeps or names():
             if args.action == "train":
                 code = max(code, train(name, args.workers))
+                if code == INTERRUPTED:
+                    break
             elif args.action == "collect":
                 collect(name)
             else:
