@@ -2,8 +2,9 @@
 
     python benchmarks/evidence_figures.py [NAME ...]
 
-For every sweep: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in the layers; and its
-tables in docs/evidence.md, between the lines `<!-- NAME -->` or `<!-- NAME forecast -->` and `<!-- end -->`.
+For every sweep that docs/evidence.md shows: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in
+the layers. The tables stand in docs/evidence.md between a line `<!-- TABLE -->` and `<!-- end -->`: TABLE is a sweep,
+`SWEEP forecast`, or one of `FINDINGS`, over several sweeps.
 """
 
 import argparse
@@ -12,12 +13,13 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from evidence import TABLES, known, names, sweep_file, tables
+from evidence import QUICK, TABLES, known, names, sweep_file, tables
+from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH, signed
 
 from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
@@ -29,6 +31,10 @@ from megatron_patch.theory.schedules import linear_warmup_linear_decay
 from megatron_patch.theory.width import RULES
 
 PAGE = TABLES.parent / "evidence.md"
+BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+"""A table of the page: its first line, its name, what is written, its last line."""
+HIDDEN = ("decoder.", "blocks.")
+"""What the names of matrices begin with whose fan-in goes with the width, in a Transformer and a ResNet."""
 Key = tuple[int, str]
 """Width and rule."""
 
@@ -38,7 +44,7 @@ class Measured:
 
     def __init__(self, path: Path, lr: float) -> None:
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
+            rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
         seed = min((row["seed"] for row in rows), default="")
         rows = [row for row in rows if row["seed"] == seed]
         self.lr = min((float(row["lr"]) for row in rows), key=lambda one: abs(math.log2(one / lr)))
@@ -179,50 +185,59 @@ def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
         )
         own = float(np.interp(optimum.log2_lr, x, y))
         lines.append(f"| {grade.label} | {width} | {told:+.2f} | {same} | {grade.shift.text} | {own:.2f} |")
-    return [line.replace("| -", "| −") for line in lines]
+    return [signed(line) for line in lines]
 
 
-def write_table(name: str, lines: Sequence[str]) -> None:
-    """Put a table between its two lines in docs/evidence.md, if they are there."""
+def block(name: str) -> list[str]:
+    """Return the lines of a table of the page."""
+    if name in FINDINGS:
+        return FINDINGS[name]()
+    sweep, _, kind = name.partition(" ")
+    found = study(known(sweep))
+    if not kind:
+        return table(found)
+    proxy = next(curve.optimum for curve in map(found.proxy, found.labels) if curve and curve.optimum)
+    return forecast_table(sweep, found, Measured(tables(sweep) / "layers.csv", 2**proxy.log2_lr))
+
+
+def write_tables() -> None:
+    """Write every table of docs/evidence.md anew."""
     page = PAGE.read_text()
-    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page))
+    PAGE.write_text(BLOCK.sub(lambda found: found[1] + "\n".join(block(found[2])) + "\n" + found[4], page))
 
 
 def draw(name: str) -> None:
-    """Write the figures and the table of one sweep."""
+    """Write the figures of one sweep."""
     trials = known(name)
     if not trials:
         print(f"{name}: no runs yet")
         return
     found = study(trials)
-    grades = report_card(found)
     folder = tables(name)
-    (folder / "transfer.png").write_bytes(
-        png(grid_figure(f"{name}: loss over base LR", transfer_pictures(found, grades)))
-    )
+    pictures = transfer_pictures(found, report_card(found))
+    (folder / "transfer.png").write_bytes(png(grid_figure(f"{name}: loss over base LR", pictures)))
     start = next((c.optimum for c in map(found.proxy, found.labels) if c and c.optimum), None)
     layers = folder / "layers.csv"
     if start and layers.exists():
         measured = Measured(layers, 2**start.log2_lr)
-        proxy = measured.keys[0]
-        figure = grid_figure(
-            f"{name}: medians over the matrices at base LR {measured.lr:.4g}", mechanism(measured, proxy)
-        )
+        title = f"{name}: medians over the matrices at base LR {measured.lr:.4g}"
+        figure = grid_figure(title, mechanism(measured, measured.keys[0]))
         (folder / "mechanism.png").write_bytes(png(figure))
-        lines = forecast_table(name, found, measured)
-        write_table(f"{name} forecast", lines)
-        print(*lines, sep="\n")
-    write_table(name, table(found))
-    print(*table(found), sep="\n")
+    if name == QUICK:
+        print(*table(found), sep="\n")
 
 
 def main() -> None:
     """Draw what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: all")
-    for name in parser.parse_args().sweeps or names():
-        draw(name)
+    parser.add_argument("sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: those shown")
+    shown = sorted(path.parent.name for path in TABLES.glob("*/trials.csv"))
+    for name in parser.parse_args().sweeps or shown:
+        if name in DRAWN:
+            (tables(name) / "figure.png").write_bytes(png(DRAWN[name]()))
+        elif name not in SHOWN_WITH:
+            draw(name)
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ width.
 """
 
 import argparse
-import csv
 import math
 import os
 import subprocess
@@ -17,10 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from evidence import DIGITS, MEASURED, SETTINGS, TABLES, identity
+from evidence import MEASURED, TABLES, append_rows, identity
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,8 +125,8 @@ def halves(seed: int) -> tuple[Pairs, Pairs]:
     return Pairs(slice(0, 1400), seed), Pairs(slice(1400, None), 0)
 
 
-def train(width: int, rule: str, lr: float, seed: int, steps: int) -> tuple[Trial, list[list[object]]]:
-    """Train one net; returns its trial and the rows of layers.csv."""
+def train(width: int, rule: str, lr: float, seed: int, steps: int) -> tuple[Trial, list[SimpleNamespace]]:
+    """Train one net; returns its trial and what was measured."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     model = ResNet(width)
@@ -143,7 +143,7 @@ def train(width: int, rule: str, lr: float, seed: int, steps: int) -> tuple[Tria
     )
     meter, every = AlignmentMeter(model, optimizer, spectral=False), max(1, EVERY * steps // STEPS)
     pairs, held_out = halves(seed)
-    rows: list[list[object]] = []
+    lines: list[SimpleNamespace] = []
     settings = Trial(width, lr, DIVERGED, WEIGHT_DECAY, rule, VECTOR_LR, seed, steps)
     audit(optimizer)
     for step in range(1, steps + 1):
@@ -158,16 +158,14 @@ def train(width: int, rule: str, lr: float, seed: int, steps: int) -> tuple[Tria
         optimizer.zero_grad()
         schedule.step()
         for line in meter.end() if measured else ():
-            values = [line.get(column) for column in MEASURED]
-            cells = ["" if value is None else f"{value:.{DIGITS}g}" for value in values]
-            rows.append([*("" if v is None else v for v in identity(settings)), step, line["layer"], *cells])
+            lines.append(SimpleNamespace(**{**dict.fromkeys(MEASURED), **line, "iteration": step}))
         if not math.isfinite(loss.item()):
-            return settings, rows
+            return settings, lines
     audit(optimizer)
     model.eval()
     with torch.no_grad():
         losses = [loss_of(model(x), y).item() for x, y in (held_out.batch(256) for _ in range(EVALUATED))]
-    return Trial(width, lr, float(np.mean(losses)), WEIGHT_DECAY, rule, VECTOR_LR, seed, steps), rows
+    return Trial(width, lr, float(np.mean(losses)), WEIGHT_DECAY, rule, VECTOR_LR, seed, steps), lines
 
 
 def planned(seeds: int) -> Iterator[tuple[int, str, int, int]]:
@@ -176,19 +174,13 @@ def planned(seeds: int) -> Iterator[tuple[int, str, int, int]]:
         yield from ((*point, seed) for point in GRID)
 
 
-def add(folder: Path, trial: Trial, rows: Sequence[Sequence[object]]) -> None:
+def add(folder: Path, trial: Trial, lines: Sequence[SimpleNamespace]) -> None:
     """Add a trial to the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "trials.csv"
     trials = [*(read_csv(str(path)) if path.exists() else ()), trial]
     path.write_text(to_csv(sorted(trials, key=lambda t: (t.hidden_size, t.rule, t.lr, t.seed or 0))))
-    layers = folder / "layers.csv"
-    new = not layers.exists()
-    with layers.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([*SETTINGS, "iteration", "layer", *MEASURED])
-        writer.writerows(rows)
+    append_rows(folder / "layers.csv", MEASURED, trial, lines)
 
 
 def main() -> None:
@@ -202,8 +194,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.trial:
         width, rule, exponent, seed = args.trial
-        trial, rows = train(int(width), rule, 2.0 ** int(exponent), int(seed), args.steps)
-        add(args.output, trial, rows)
+        trial, lines = train(int(width), rule, 2.0 ** int(exponent), int(seed), args.steps)
+        add(args.output, trial, lines)
         print(f"width {width} {rule} 2^{exponent} seed {seed}: {trial.loss:.4f}", flush=True)
         return
     path = args.output / "trials.csv"
