@@ -24,8 +24,8 @@ from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH, signed
 from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
-from megatron_patch.report.drawing import Line, Picture, draw_lines, grid_figure, png
-from megatron_patch.theory.equilibrium import momentum_update_rms
+from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure, png
+from megatron_patch.theory.equilibrium import momentum_update_rms, trajectory
 from megatron_patch.theory.forecast import Course, forecast_shift, snr_of
 from megatron_patch.theory.schedules import linear_warmup_linear_decay
 from megatron_patch.theory.width import RULES
@@ -50,6 +50,10 @@ class Measured:
         self.lr = min((float(row["lr"]) for row in rows), key=lambda one: abs(math.log2(one / lr)))
         self.rows = [row for row in rows if float(row["lr"]) == self.lr]
         self.keys: list[Key] = sorted({(int(row["hidden_size"]), row["rule"]) for row in self.rows})
+
+    def color(self, key: Key) -> str:
+        """Return the colour of a width and rule in every picture."""
+        return LIGHT[self.keys.index(key) % len(LIGHT)]
 
     def median(self, key: Key, column: str) -> dict[int, float]:
         """Return a quantity over the iterations, the median over the matrices."""
@@ -81,8 +85,31 @@ def over_time(measured: Measured, column: str, proxy: Key | None) -> Callable[..
         if proxy:
             values = {i: value / base[i] for i, value in values.items() if i in base and key != proxy}
         if values:
-            lines.append(Line(named(key, proxy or measured.keys[0]), tuple(values), tuple(values.values())))
+            name = named(key, proxy or measured.keys[0])
+            lines.append(Line(name, tuple(values), tuple(values.values()), color=measured.color(key)))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)] if proxy else [])
+
+
+def warmup_effect(name: str, measured: Measured, proxy: Key) -> Callable[..., None]:
+    """Return what draws the relative update over the proxy's, measured and as the weight-norm model has it (eq. 38)."""
+    course = course_of(name)
+    base = measured.median(proxy, "relative_update")
+
+    def predicted(key: Key) -> list[float]:
+        rule, m = RULES[key[1]], key[0] / proxy[0]
+        lr, decay = measured.lr * m**-rule.lr_exponent, course.weight_decay * m**rule.wd_exponent
+        schedule = ((lr * factor, decay) for factor in course.factors)
+        return [step.relative_update for step in trajectory(schedule, key[0] ** -0.5)]
+
+    lines, of_proxy = [], predicted(proxy)
+    for key in (key for key in measured.keys if key != proxy):
+        values = {i: v / base[i] for i, v in measured.median(key, "relative_update").items() if i in base}
+        model = predicted(key)
+        color = measured.color(key)
+        lines.append(Line(named(key, proxy), tuple(values), tuple(values.values()), color=color))
+        told = [model[i - 1] / of_proxy[i - 1] for i in values]
+        lines.append(Line("", tuple(values), told, dashes=":", color=color))
+    return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)])
 
 
 def half_way(measured: Measured, proxy: Key) -> Callable[..., None]:
@@ -90,16 +117,17 @@ def half_way(measured: Measured, proxy: Key) -> Callable[..., None]:
     lines = []
     for key in measured.keys:
         values = list(measured.layers_half_way(key, "alignment_ratio").values())
-        lines.append(Line(named(key, proxy), range(1, len(values) + 1), values, marker="o"))
+        places, color = range(1, len(values) + 1), measured.color(key)
+        lines.append(Line(named(key, proxy), places, values, marker="o", color=color))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)], x_label="matrix, in the model's order")
 
 
-def mechanism(measured: Measured, proxy: Key) -> list[Picture]:
+def mechanism(name: str, measured: Measured, proxy: Key) -> list[Picture]:
     """Return the pictures of what weight decay does to the layers."""
     return [
         Picture("relative representation change, over the proxy's", "", over_time(
             measured, "relative_representation_change", proxy)),
-        Picture("relative update, over the proxy's", "", over_time(measured, "relative_update", proxy)),
+        Picture("relative update, over the proxy's; dotted: eq. 38", "", warmup_effect(name, measured, proxy)),
         Picture("alignment ratio", "", over_time(measured, "alignment_ratio", None)),
         Picture("alignment ratio of every matrix, half-way", "", half_way(measured, proxy)),
     ]  # fmt: skip
@@ -221,7 +249,7 @@ def draw(name: str) -> None:
     if start and layers.exists():
         measured = Measured(layers, 2**start.log2_lr)
         title = f"{name}: medians over the matrices at base LR {measured.lr:.4g}"
-        figure = grid_figure(title, mechanism(measured, measured.keys[0]))
+        figure = grid_figure(title, mechanism(name, measured, measured.keys[0]))
         (folder / "mechanism.png").write_bytes(png(figure))
     if name == QUICK:
         print(*table(found), sep="\n")
