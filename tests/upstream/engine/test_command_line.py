@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from tests.launch.test_pretrain_gpt import SCRIPT, TINY
 from tests.support.pool import ROOT
+from tests.support.training import TINY
 
-RULE = "--width-scaling independent --base-hidden-size 16 --ffn-hidden-size 96 --base-ffn-hidden-size 32".split()
+RULE = "--cpu --mock-data --train-iters 3 --width-scaling independent --base-hidden-size 16".split()
 
 
 def errors(folder: Path, command: str, content: dict[str, Any], *flags: str) -> list[str]:
     """What a start that must fail says of its mistakes."""
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, **content}))
-    words = [str(SCRIPT), *TINY, *RULE, "--deepspeed", "--deepspeed-config", "ds.json", "--save", "save", *flags]
+    words = [*TINY, *RULE, "--deepspeed", "--deepspeed-config", "ds.json", "--save", "save", *flags]
     done = subprocess.run(
         [sys.executable, "-m", "megatron_patch", command, *words],
         cwd=folder,
