@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tests.support.monitored import Monitored
@@ -58,3 +59,37 @@ class Groups(Hooks):
 
 class PatchedGroups(Patched, Groups):
     """The same with the patch installed."""
+
+
+class MixerInputs(Patched):
+    """What the projections of every Mamba mixer read in the first microbatch of each step, and their weights."""
+
+    def built(self, run: Run) -> None:
+        from megatron.core.ssm.mamba_mixer import MambaMixer
+        from megatron.core.utils import unwrap_model
+
+        self.steps: list[dict[str, Any]] = []
+        self.inputs: dict[str, Any] = {}
+        (model,) = unwrap_model(run.model)
+        mixers = {name: module for name, module in model.named_modules() if isinstance(module, MambaMixer)}
+        self.projections = {
+            f"{name}.{part}": getattr(mixer, part) for name, mixer in mixers.items() for part in ("in_proj", "out_proj")
+        }
+        self.before = self.weights()
+        for name, module in self.projections.items():
+            module.register_forward_pre_hook(partial(self.note, name))
+
+    def note(self, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
+        self.inputs.setdefault(name, inputs[0].detach().clone().flatten(0, 1))
+
+    def weights(self) -> dict[str, Any]:
+        return {name: module.weight.detach().clone() for name, module in self.projections.items()}
+
+    def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
+        after = self.weights()
+        self.steps.append({name: (self.inputs[name], self.before[name], after[name]) for name in after})
+        self.inputs.clear()
+        self.before = after
+
+    def result(self, run: Run) -> Any:
+        return self.steps

@@ -1,8 +1,9 @@
 """The layers of a hybrid model out of Megatron's own modules that need no Transformer Engine.
 
 Upstream has one spec for them, of Transformer Engine's layers; for a GPT it has a local one as well, whose attention,
-MLP and MoE are taken here, so that a GPT and the hybrid model of the same weights compute the same. Can go when
-`megatron.core.models.hybrid.hybrid_layer_specs` has a local spec.
+MLP and MoE are taken here, so that a GPT and the hybrid model of the same weights compute the same, and Megatron finds
+the one's weights in the other's checkpoint, where a norm has the name it has in Transformer Engine's layers. Can go
+when `megatron.core.models.hybrid.hybrid_layer_specs` has a local spec.
 """
 
 from typing import Any
@@ -63,12 +64,20 @@ def local_submodules() -> HybridStackSubmodules:
 
     def attention(of: TransformerLayerSubmodules) -> ModuleSpec:
         parts = TransformerLayerSubmodules(
-            input_layernorm=WrappedTorchNorm, self_attention=of.self_attention, self_attn_bda=get_bias_dropout_add
+            input_layernorm=WrappedTorchNorm,
+            self_attention=of.self_attention,
+            self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=of.sharded_state_dict_keys_map,
         )
         return ModuleSpec(module=TransformerLayer, submodules=parts)
 
     def mlp(module: type, of: TransformerLayerSubmodules) -> ModuleSpec:
-        parts = TransformerLayerSubmodules(pre_mlp_layernorm=WrappedTorchNorm, mlp=of.mlp, mlp_bda=get_bias_dropout_add)
+        parts = TransformerLayerSubmodules(
+            pre_mlp_layernorm=WrappedTorchNorm,
+            mlp=of.mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=of.sharded_state_dict_keys_map,
+        )
         return ModuleSpec(module=module, submodules=parts)
 
     projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
@@ -76,6 +85,7 @@ def local_submodules() -> HybridStackSubmodules:
         norm=WrappedTorchNorm,
         mixer=ModuleSpec(module=MambaMixer, submodules=projections),
         mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )
     prediction = MultiTokenPredictionLayerSubmodules(
         enorm=WrappedTorchNorm, hnorm=WrappedTorchNorm, eh_proj=ColumnParallelLinear, layer_norm=WrappedTorchNorm
