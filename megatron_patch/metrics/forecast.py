@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_patch.config.pattern import as_in_gpt
 from megatron_patch.theory.equilibrium import decay_per_step, next_rho
 
 
@@ -16,11 +17,15 @@ class NormForecast:
     Args:
         group_of: param group of every layer, by a key that all ranks share.
         initial_rms: RMS of the entries of every layer's weight at the start.
+        pattern: of a hybrid model, which may go on from the checkpoint of a GPT, where its layers have other names.
 
     Source: arXiv 2510.19093, eq. 30.
     """
 
-    def __init__(self, group_of: Mapping[str, str], initial_rms: Mapping[str, float]) -> None:
+    def __init__(
+        self, group_of: Mapping[str, str], initial_rms: Mapping[str, float], pattern: str | None = None
+    ) -> None:
+        self._pattern = pattern
         self._group_of = dict(group_of)
         self._initial_rms = dict(initial_rms)
         self._factors = dict.fromkeys(group_of.values(), (1.0, 0.0))
@@ -49,7 +54,10 @@ class NormForecast:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; layers or groups it does not know start anew."""
-        known = {layer: rms for layer, rms in state["initial_rms"].items() if layer in self._initial_rms}
+        saved = state["initial_rms"]
+        of_gpt = not self._initial_rms.keys() <= saved.keys()  # some names are in both, and mean other layers
+        names = {layer: as_in_gpt(layer, self._pattern) if of_gpt else layer for layer in self._initial_rms}
+        known = {layer: saved[name] for layer, name in names.items() if name in saved}
         groups = {group: tuple(f) for group, f in state["factors"].items() if group in self._factors}
         if set(known) == set(self._initial_rms) and set(groups) == set(self._factors):
             self._initial_rms, self._factors = known, groups
