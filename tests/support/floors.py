@@ -52,9 +52,14 @@ FLOORS = {
         "errors theory files runs fit",
         "matplotlib jinja2 markupsafe numpy rich",
     ),
+    "selfcheck": Floor(
+        "one command that tries everything on the machine at hand",
+        "errors files config upstream report",
+        "torch megatron transformer_engine",
+    ),
     "entry": Floor(
         "the commands",
-        "version errors theory files config upstream data sweep transfer report hosts",
+        "version errors theory files config upstream data sweep transfer report hosts selfcheck",
         "rich",
     ),
 }
