@@ -330,14 +330,21 @@ EVERYTHING = Settings(
 )
 
 
+def all_hooks() -> list[Hook]:
+    """In a worker: every hook that there is."""
+    from megatron_patch.hosts.heartbeat import Heart
+    from megatron_patch.upstream.heartbeat import heartbeat_hooks
+    from megatron_patch.upstream.patch import Session, entry_hooks, feature_hooks
+
+    return [*entry_hooks(Session()), *feature_hooks(EVERYTHING), *heartbeat_hooks(Heart())]
+
+
 def contract() -> dict[str, list[str]]:
     """In a worker: each target of ours with the parameters it has, after all hooks were installed and removed."""
     import importlib
 
-    from megatron_patch.upstream.patch import Session, entry_hooks, feature_hooks
-
     check_version()
-    hooks = [*entry_hooks(Session()), *feature_hooks(EVERYTHING)]
+    hooks = all_hooks()
     found = {}
     for h in hooks:
         module, _, name = h.target.partition(":")
@@ -385,6 +392,14 @@ READ = {
     "megatron.core.pipeline_parallel.schedules:backward_step": {"output_tensor"},
     "megatron.training.training:save_checkpoint": {"iteration", "model", "optimizer"},
     "megatron.training.training:load_checkpoint": {"ddp_model", "optimizer", "load_arg"},
+    "megatron.training.ft_integration:setup": set(),
+    "megatron.training.ft_integration:on_training_step_start": set(),
+    "megatron.training.ft_integration:on_eval_step_start": set(),
+    "megatron.training.ft_integration:on_checkpointing_start": set(),
+    "megatron.training.ft_integration:shutdown": set(),
+    "megatron.training.ft_integration:on_training_step_end": set(),
+    "megatron.training.ft_integration:on_eval_step_end": set(),
+    "megatron.training.ft_integration:on_checkpointing_end": set(),
 }
 
 
@@ -415,6 +430,14 @@ SOURCES = {
     "megatron.core.pipeline_parallel.schedules:backward_step": "435628e2479e",
     "megatron.training.training:save_checkpoint": "b652984ca8c8",
     "megatron.training.training:load_checkpoint": "4f03d48a7938",
+    "megatron.training.ft_integration:setup": "02fece86f606",
+    "megatron.training.ft_integration:on_training_step_start": "849a0917bdf2",
+    "megatron.training.ft_integration:on_eval_step_start": "f8c324fac852",
+    "megatron.training.ft_integration:on_checkpointing_start": "4456a1acceca",
+    "megatron.training.ft_integration:shutdown": "e301bbca8b29",
+    "megatron.training.ft_integration:on_training_step_end": "88dd43bbbe36",
+    "megatron.training.ft_integration:on_eval_step_end": "66d8f3661a71",
+    "megatron.training.ft_integration:on_checkpointing_end": "ee815b4ab24e",
 }
 
 
@@ -443,10 +466,9 @@ def fingerprints() -> tuple[dict[str, str], dict[str, str]]:
 
     from megatron_patch.upstream.cpu import platform as cpu_platform
     from megatron_patch.upstream.cpu.megatron_stand_ins import MEGATRON_STAND_INS
-    from megatron_patch.upstream.patch import Session, entry_hooks, feature_hooks
 
     hooked = {}
-    for h in [*entry_hooks(Session()), *feature_hooks(EVERYTHING)]:
+    for h in all_hooks():
         module, _, name = h.target.partition(":")
         hooked[h.target] = fingerprint(getattr(importlib.import_module(module), name))
     cpu_platform.activate().deactivate()  # it is live in every worker
