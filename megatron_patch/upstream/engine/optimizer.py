@@ -1,16 +1,16 @@
 """The optimizer that Megatron's loop gets to see: DeepSpeed's engine, with the parameters behind every param group."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_patch.config.deepspeed_file import EnginePlan
-from megatron_patch.errors import AuditError
 from megatron_patch.metrics.views import MasterSlice
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.groups import schedule_key
+from megatron_patch.zero.groups import group_members
 
 
 class EngineOptimizer:
@@ -84,24 +84,9 @@ class EngineOptimizer:
         Raises:
             AuditError: the tensor that a group trains is not the flat one that the engine has made of its parameters.
         """
-        zero, groups = self.engine.optimizer, self.param_groups
         if self.plan.stage == 0:
-            return [list(group["params"]) for group in groups]
-        members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
-        if self.plan.stage == 3:
-            for sub_group, parameters in enumerate(zero.fp16_groups):
-                members[zero.sub_group_to_group_id[sub_group]] += parameters
-            return members
-        by_group, flat = _flattened(zero)
-        for i, parameters in enumerate(by_group):
-            trained = groups[i]["params"]
-            if len(trained) != 1 or trained[0] is not flat[i]:
-                raise AuditError(
-                    f"param group {i} of the engine trains {len(trained)} tensors, but not the flat one that ZeRO "
-                    f"stage {self.plan.stage} keeps its parameters in"
-                )
-            members[i] += parameters
-        return members
+            return [list(group["params"]) for group in self.param_groups]
+        return group_members(self.engine.optimizer)
 
     # --- the fp32 weights -------------------------------------------------------------------------------------------
 
@@ -150,10 +135,3 @@ class EngineOptimizer:
             return float(group["lr"]), float(group["weight_decay"])
 
         return read
-
-
-def _flattened(zero: Any) -> tuple[Iterator[list[torch.nn.Parameter]], list[Tensor]]:
-    """Return for each group of ZeRO 1 or 2 the model parameters, and this rank's part of their flat fp32 tensor."""
-    if hasattr(zero, "bf16_groups"):  # stage 1 with data_types.grad_accum_dtype fp32
-        return iter(zero.bf16_groups), zero.fp32_groups_flat_partition
-    return iter(zero.bit16_groups), zero.single_partition_of_fp32_groups
