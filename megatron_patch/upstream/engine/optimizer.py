@@ -1,5 +1,6 @@
 """The optimizer that Megatron's loop gets to see: DeepSpeed's engine, with the parameters behind every param group."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +59,14 @@ class EngineOptimizer:
         return torch.ones(1, device=torch.empty(0, device="cuda").device)
 
     def step(self) -> tuple[bool, float | None, None]:
-        """Make the step; return whether it was made, and the norm of the gradient before clipping."""
+        """Make the step; return whether it was made, and the norm of the gradient before clipping.
+
+        Raises:
+            RuntimeError: the norm is not finite, under Megatron's --check-for-nan-in-loss-and-grad.
+        """
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if self.plan.stage else self._norm
+        _require_finite(norm)  # ZeRO has left such a step out
         return bool(self.engine.was_step_applied()), None if norm is None else float(norm), None
 
     def _clip(self) -> None:
@@ -73,6 +79,7 @@ class EngineOptimizer:
         counted = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
         group = parallel_state.get_model_parallel_group()
         self._norm = get_grad_norm_fp32(counted, grad_stats_parallel_group=group)
+        _require_finite(self._norm)  # before torch makes the step
         if self.plan.clip > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=self.plan.clip, total_norm=self._norm)
 
@@ -135,3 +142,17 @@ class EngineOptimizer:
             return float(group["lr"]), float(group["weight_decay"])
 
         return read
+
+
+def _require_finite(norm: float | Tensor | None) -> None:
+    """What Megatron's DDP does with each bucket of gradients, where the engine would go on without a word."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    if norm is not None and get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=float(norm),
+            rejection_func=lambda value: not math.isfinite(value),
+            message="found NaN or Inf in the gradients",
+            fatal=True,
+        )
