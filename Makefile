@@ -1,4 +1,5 @@
-# make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures
+# make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures. FLAGS="..." go to
+#                   the run: FLAGS="--deepspeed --deepspeed-config configs/deepspeed/zero1.json" trains on DeepSpeed's engine
 # make test         set up and run the whole test suite
 # make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
@@ -31,7 +32,7 @@ $(VENV)/.installed: pyproject.toml .ci/find_python
 	@touch $@
 
 quickstart: setup
-	launch/quickstart.sh
+	launch/quickstart.sh $(FLAGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not hosts"

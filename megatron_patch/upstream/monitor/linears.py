@@ -12,10 +12,10 @@ from torch.nn import functional
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
-from megatron_patch.upstream.engine.partitioned import gathered, is_partitioned
 from megatron_patch.upstream.monitor.experts import ExpertTokens, find_experts
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
+from megatron_patch.zero.weights import gathered, is_partitioned
 
 
 @dataclass(frozen=True)
