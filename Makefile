@@ -12,6 +12,7 @@
 # make figures-quick  its machinery in two minutes
 # make figures-draw   the figures and tables of docs/evidence.md from what is committed, in seconds
 # make docs         the pages of docs/ with the API, as a site in site/; fails on a link that leads nowhere
+# make test-next MEGATRON_LM_DIR=...   hooks, param groups, resume and hybrid models on a checkout of Megatron-LM's main
 # make lint bench   what their names say
 # Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
 
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
 
 .PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core test-wheel \
-	test-hosts test-megatron lint docs bench clean
+	test-hosts test-megatron test-next lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -68,6 +69,9 @@ test-hosts: setup
 test-megatron: setup
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python tests/upstream_suite/compare.py
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python -m pytest tests/upstream/test_megatron_lm.py
+
+test-next: setup
+	.ci/test_next $(BIN)/python "$(MEGATRON_LM_DIR)"
 
 lint: setup
 	$(BIN)/ruff check .
