@@ -44,6 +44,8 @@ class Row:
     """Width multiplier of the layer."""
     mean: str | None = None
     """Name of the line that averages this one over the experts; None outside mixture-of-experts layers."""
+    update_rms: float | None = 1.0
+    """b of the norm recurrence (arXiv 2510.19093, eq. 30), 1 under AdamW; None: not known for this optimizer."""
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,8 @@ def validate(args: Any, left_out: Collection[str] = ()) -> Settings:
 def _refuse_together(settings: Settings, args: Any) -> None:
     if settings.active:
         refuse(Feature.ANY, vars(args))
+    if settings.width.rule != "none":
+        refuse(Feature.RULE, vars(args))
     if settings.metrics.active:
         refuse(Feature.METRICS, vars(args))
     if settings.engine.active:

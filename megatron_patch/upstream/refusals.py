@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from megatron_patch.config.optimizer import EMERGING, SHARD_BY_SHARD
 from megatron_patch.errors import ConfigError
 
 
@@ -14,6 +15,8 @@ class Feature(Enum):
     ANY = auto()
     """Whatever changes or measures a run: width scaling, an extra warmup, metrics."""
     METRICS = auto()
+    RULE = auto()
+    """A rule for LR and weight decay across width."""
     ENGINE = auto()
     """DeepSpeed's engine."""
     CPU = auto()
@@ -58,6 +61,12 @@ def refuse(feature: Feature, settings: Mapping[str, Any]) -> None:
 
 
 _OFF = (None, False)
+
+
+def _splits_matrices(settings: Mapping[str, Any]) -> bool:
+    return max(settings.get(name) or 1 for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size")) > 1
+
+
 _DROP_METRICS = "drop it, or set --alignment-interval and --spectral-interval to 0"
 
 
@@ -96,11 +105,42 @@ TABLE: tuple[Refusal, ...] = (
     Refusal(
         "optimizer",
         "--optimizer",
-        ("adam",),
+        ("adam", "dist_muon", *EMERGING),
         Feature.ANY,
-        "adam with width scaling, extra warmups or metrics: the rules are derived for AdamW"
-        " and Muon-like optimizers carry width factors of their own",
-        "use --optimizer adam or drop the width-transfer flags",
+        f"adam, {', '.join(EMERGING[:-1])} or {EMERGING[-1]} with width scaling, extra warmups or metrics: how others"
+        " scale their updates is not known",
+        "use one of these or drop the width-transfer flags",
+    ),
+    Refusal(
+        "muon_tp_mode",
+        "--muon-tp-mode",
+        ("duplicated", "distributed"),
+        Feature.RULE,
+        "duplicated or distributed with a width rule and tensor parallelism: blockwise, Megatron's default, scales the"
+        " update by the shape of a shard, so that it would depend on how the weights are split",
+        "add --muon-tp-mode duplicated",
+        applies=lambda settings: str(settings.get("optimizer")).endswith("muon") and _splits_matrices(settings),
+    ),
+    Refusal(
+        "optimizer",
+        "--optimizer",
+        ("adam", *(name for name in EMERGING if name not in SHARD_BY_SHARD), "muon", "dist_muon"),
+        Feature.RULE,
+        "no tensor parallelism with a width rule: it preconditions each shard by itself, so that its update depends on"
+        " how the weights are split",
+        "set --tensor-model-parallel-size 1, or use --optimizer muon --muon-tp-mode duplicated",
+        applies=lambda settings: _splits_matrices(settings),
+    ),
+    Refusal(
+        "use_layer_wise_distributed_optimizer",
+        "--use-distributed-optimizer",
+        _OFF,
+        Feature.ANY,
+        "--bf16 beside it with this optimizer: in fp32 Megatron 0.19's layer-wise distributed optimizer fails at the"
+        " first step (its parts have no get_loss_scale)",
+        "add --bf16, or drop the flag",
+        got="in fp32",
+        applies=lambda settings: not settings.get("bf16"),
     ),
     Refusal(
         "decoupled_weight_decay",
@@ -175,6 +215,7 @@ TABLE: tuple[Refusal, ...] = (
         "1: the engine has no stages of Megatron's pipeline",
         "set it to 1",
     ),
+    _not_with_engine("optimizer", "--optimizer", ("adam",), "adam: the engine builds its own", "use adam"),
     _not_with_engine(
         "context_parallel_size", "--context-parallel-size", (None, 1), "1: not tested (it needs a GPU)", "set it to 1"
     ),

@@ -15,6 +15,7 @@ from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, 
 from megatron_patch.upstream.engine.partitioned import gathered, is_partitioned
 from megatron_patch.upstream.monitor.experts import ExpertTokens, find_experts
 from megatron_patch.upstream.monitor.masters import Master
+from megatron_patch.upstream.width.optimizers import Growth
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
 
 
@@ -53,6 +54,7 @@ def find_linears(
     groups: Any,
     masters: Callable[[torch.nn.Parameter], Master],
     wanted: re.Pattern[str],
+    growth: Growth,
 ) -> Found:
     """Return the linear layers of this rank of which a line matches, or the mean over the experts that it enters.
 
@@ -63,6 +65,7 @@ def find_linears(
         groups: Megatron's `parallel_state`.
         masters: where the fp32 weights of a parameter are.
         wanted: matched against line names by `search`.
+        growth: b of the norm model for every part of a weight.
 
     Raises:
         ConfigError: a wanted matrix whose module this package does not know.
@@ -88,7 +91,7 @@ def find_linears(
                     )
                 continue
             master = masters(weight.parameter)
-            view = _view(weight, kind, config, groups, master)
+            view = _view(weight, kind, config, groups, master, growth)
             if any(is_wanted(row, wanted) for row in view.rows):
                 by_module.setdefault(weight.module, []).append((weight, view))
                 views.append(view)
@@ -181,7 +184,7 @@ def _te_extension() -> Any:
     return transformer_engine if transformer_engine.HAVE_TE else None
 
 
-def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master) -> LinearView:
+def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master, growth: Growth) -> LinearView:
     is_expert = weight.expert is not None
     if is_expert:
         shard_group = groups.get_expert_tensor_parallel_group()
@@ -196,9 +199,10 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master)
     parts, row_part = _parts(weight.name, kind, rows_local, shard, config)
     fractions = _part_sizes(parts, fan_out, config)
     mean = _expert_mean(weight.name) if is_expert else None
+    updates = growth(weight.name, weight.parameter, fractions, fan_in)
     rows = tuple(
-        Row(weight.name + part, kind, fan_in, size, weight.m, mean + part if mean else None)
-        for part, size in zip(parts, fractions, strict=True)
+        Row(weight.name + part, kind, fan_in, size, weight.m, mean + part if mean else None, b)
+        for part, size, b in zip(parts, fractions, updates, strict=True)
     )
     return LinearView(
         name=weight.name,

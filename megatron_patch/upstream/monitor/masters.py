@@ -1,7 +1,7 @@
 """Where Megatron's optimizers keep the fp32 weights they update, and which slice of each this rank holds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.views import MasterSlice
-from megatron_patch.upstream.width.audit import child_optimizers
+from megatron_patch.upstream.width.audit import child_optimizers, layer_wise_groups
 from megatron_patch.upstream.width.groups import schedule_key
 
 
@@ -46,6 +46,8 @@ def find_masters(optimizer: Any) -> Callable[[torch.nn.Parameter], Master]:
 
     found: dict[torch.nn.Parameter, Master] = {}
     sharding: list[Any] = []
+    # By parameter: the ranks among which whole parameters are handed out.
+    handed_out = dict(layer_wise_groups(optimizer))
     for child in child_optimizers(optimizer):
         if isinstance(child, DistributedOptimizer):
             sharding.append(child)
@@ -76,20 +78,29 @@ def find_masters(optimizer: Any) -> Callable[[torch.nn.Parameter], Master]:
             raise ConfigError(
                 "--optimizer",
                 type(child).__qualname__,
-                "Adam or SGD, with or without --use-distributed-optimizer, while metrics are on",
+                "adam, muon, soap or lion, with or without --use-distributed-optimizer, while metrics are on",
                 "change the optimizer or set --alignment-interval and --spectral-interval to 0",
             )
 
     def master(parameter: torch.nn.Parameter) -> Master:
         if parameter in found:
-            return found[parameter]
+            one = found[parameter]
+            if parameter in handed_out:
+                return replace(one, piece=replace(one.piece, sharded=True), slice_group=handed_out[parameter])
+            return one
+        if parameter in handed_out:
+            return _owned_elsewhere(parameter, handed_out[parameter])
         for child in sharding:
             if any(parameter in buffer.param_index_map for buffer in child.buffers):
-                nothing = MasterSlice(lambda: torch.empty(0, device=parameter.device), 0, 0, True, lambda: (0.0, 0.0))
-                return Master(nothing, child.data_parallel_group, "")
+                return _owned_elsewhere(parameter, child.data_parallel_group)
         raise RuntimeError("a monitored weight is in no optimizer of this rank")
 
     return master
+
+
+def _owned_elsewhere(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> Master:
+    nothing = MasterSlice(lambda: torch.empty(0, device=parameter.device), 0, 0, True, lambda: (0.0, 0.0))
+    return Master(nothing, group, "")
 
 
 def _whole(parameter: torch.nn.Parameter, read: Callable[[], Tensor], child: Any, group: int) -> Master:

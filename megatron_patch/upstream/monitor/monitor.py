@@ -21,6 +21,7 @@ from megatron_patch.upstream.monitor.linears import find_linears, routed_layers
 from megatron_patch.upstream.monitor.masters import find_masters, live_hyperparameters
 from megatron_patch.upstream.monitor.sublayers import find_sublayers
 from megatron_patch.upstream.ranks import collectively
+from megatron_patch.upstream.width.optimizers import update_growth
 from megatron_patch.upstream.width.parameters import NamedParameter
 
 
@@ -87,7 +88,9 @@ class AlignmentMonitor:
         wanted = re.compile(settings.alignment_layers)
         # What may fail on one rank alone does so on all, before any rank waits for the others.
         found = collectively(
-            lambda: find_linears(model, parameters, config, parallel_state, find_masters(optimizer), wanted)
+            lambda: find_linears(
+                model, parameters, config, parallel_state, find_masters(optimizer), wanted, update_growth(args)
+            )
         )
         sublayers = find_sublayers(model, found.views, config, parallel_state)
         world = dist.group.WORLD
@@ -110,7 +113,8 @@ class AlignmentMonitor:
         routed = routed_layers(self._registry.rows)
         routers = [point for moe_layer, point in found.routers.items() if moe_layer in routed]
         self._meter = Meter(found.views, [*found.points, *routers], sublayers, self._registry, world, device)
-        self.forecast = NormForecast(self._param_groups(found.param_groups), self._weight_rms())
+        growths = {row.layer: row.update_rms for row in self._registry.rows}
+        self.forecast = NormForecast(self._param_groups(found.param_groups), self._weight_rms(), growths)
         self._reporter = self._make_reporter() if args.rank == args.world_size - 1 else None
 
     @property
