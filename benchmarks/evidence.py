@@ -5,8 +5,8 @@
     python benchmarks/evidence.py left                          # which runs the tables lack
 
 A sweep file configs/evidence/NAME.yaml has its results in docs/evidence/NAME/: `trials.csv`, a table that
-`megatron-patch report` and `transfer` read, and `layers.csv`, what was measured in every layer. A trial of the sweep
-file that trials.csv has is not trained again: remove its line to have it trained.
+`megatron-patch report` and `transfer` read, and `layers.csv` and `sublayers.csv`, what was measured in every layer. A
+trial of the sweep file that trials.csv has is not trained again: remove its line to have it trained.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from megatron_patch.sweep.planned import is_done
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS, TABLES = ROOT / "configs" / "evidence", ROOT / "docs" / "evidence"
+INTERRUPTED = 130
+"""What `run_sweep` returns after Ctrl-C."""
 QUICK = "quick"
 """The sweep that says nothing; its tables stay beside its runs."""
 SETTINGS = ("hidden_size", "rule", "lr", "weight_decay", "vector_lr", "steps", "seed")
@@ -113,19 +115,24 @@ def collect(name: str) -> None:
     table = sorted([*known(name), *trials], key=lambda t: (t.steps or 0, t.hidden_size, t.rule, t.lr, t.seed or 0))
     if table:
         (folder / "trials.csv").write_text(to_csv(table))
-    layers = folder / "layers.csv"
-    new = not layers.exists()
-    with layers.open("a", newline="") as opened:
+    for run, trial in zip(runs, trials, strict=True):
+        append_rows(folder / "layers.csv", MEASURED, trial, run.alignment)
+        append_rows(folder / "sublayers.csv", ("gain",), trial, run.sublayers)
+    print(f"{name}: {len(trials)} added, {len(left(name, file))} left")
+
+
+def append_rows(path: Path, columns: Sequence[str], trial: Trial, lines: Sequence[Any]) -> None:
+    """Append what a trial measured to a table of it, a row for each line: its settings, iteration, layer, columns."""
+    new = not path.exists()
+    own = ["" if value is None else value for value in identity(trial)]
+    with path.open("a", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         if new:
-            writer.writerow([*SETTINGS, "iteration", "layer", *MEASURED])
-        for run, trial in zip(runs, trials, strict=True):
-            for line in run.alignment:
-                values = [getattr(line, column) for column in MEASURED]
-                cells = ["" if value is None else f"{value:.{DIGITS}g}" for value in values]
-                own = ["" if value is None else value for value in identity(trial)]
-                writer.writerow([*own, line.iteration, line.layer, *cells])
-    print(f"{name}: {len(trials)} added, {len(left(name, file))} left")
+            writer.writerow([*SETTINGS, "iteration", "layer", *columns])
+        for line in lines:
+            values = [getattr(line, column) for column in columns]
+            cells = ["" if value is None else f"{value:.{DIGITS}g}" for value in values]
+            writer.writerow([*own, line.iteration, line.layer, *cells])
 
 
 def names() -> list[str]:
@@ -145,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.sweeps or names():
             if args.action == "train":
                 code = max(code, train(name, args.workers))
+                if code == INTERRUPTED:
+                    break
             elif args.action == "collect":
                 collect(name)
             else:

@@ -2,8 +2,9 @@
 
     python benchmarks/evidence_figures.py [NAME ...]
 
-For every sweep: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in the layers; and its
-tables in docs/evidence.md, between the lines `<!-- NAME -->` or `<!-- NAME forecast -->` and `<!-- end -->`.
+For every sweep that docs/evidence.md shows: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in
+the layers. The tables stand in docs/evidence.md between a line `<!-- TABLE -->` and `<!-- end -->`: TABLE is a sweep,
+`SWEEP forecast`, or one of `FINDINGS`, over several sweeps.
 """
 
 import argparse
@@ -12,23 +13,28 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from evidence import TABLES, known, names, sweep_file, tables
+from evidence import QUICK, TABLES, known, names, sweep_file, tables
+from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH, signed
 
 from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
-from megatron_patch.report.drawing import Line, Picture, draw_lines, grid_figure, png
-from megatron_patch.theory.equilibrium import momentum_update_rms
+from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure, png
+from megatron_patch.theory.equilibrium import momentum_update_rms, trajectory
 from megatron_patch.theory.forecast import Course, forecast_shift, snr_of
 from megatron_patch.theory.schedules import linear_warmup_linear_decay
 from megatron_patch.theory.width import RULES
 
 PAGE = TABLES.parent / "evidence.md"
+BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+"""A table of the page: its first line, its name, what is written, its last line."""
+HIDDEN = ("decoder.", "blocks.")
+"""What the names of matrices begin with whose fan-in goes with the width, in a Transformer and a ResNet."""
 Key = tuple[int, str]
 """Width and rule."""
 
@@ -38,12 +44,16 @@ class Measured:
 
     def __init__(self, path: Path, lr: float) -> None:
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
+            rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
         seed = min((row["seed"] for row in rows), default="")
         rows = [row for row in rows if row["seed"] == seed]
         self.lr = min((float(row["lr"]) for row in rows), key=lambda one: abs(math.log2(one / lr)))
         self.rows = [row for row in rows if float(row["lr"]) == self.lr]
         self.keys: list[Key] = sorted({(int(row["hidden_size"]), row["rule"]) for row in self.rows})
+
+    def color(self, key: Key) -> str:
+        """Return the colour of a width and rule in every picture."""
+        return LIGHT[self.keys.index(key) % len(LIGHT)]
 
     def median(self, key: Key, column: str) -> dict[int, float]:
         """Return a quantity over the iterations, the median over the matrices."""
@@ -75,8 +85,31 @@ def over_time(measured: Measured, column: str, proxy: Key | None) -> Callable[..
         if proxy:
             values = {i: value / base[i] for i, value in values.items() if i in base and key != proxy}
         if values:
-            lines.append(Line(named(key, proxy or measured.keys[0]), tuple(values), tuple(values.values())))
+            name = named(key, proxy or measured.keys[0])
+            lines.append(Line(name, tuple(values), tuple(values.values()), color=measured.color(key)))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)] if proxy else [])
+
+
+def warmup_effect(name: str, measured: Measured, proxy: Key) -> Callable[..., None]:
+    """Return what draws the relative update over the proxy's, measured and as the weight-norm model has it (eq. 38)."""
+    course = course_of(name)
+    base = measured.median(proxy, "relative_update")
+
+    def predicted(key: Key) -> list[float]:
+        rule, m = RULES[key[1]], key[0] / proxy[0]
+        lr, decay = measured.lr * m**-rule.lr_exponent, course.weight_decay * m**rule.wd_exponent
+        schedule = ((lr * factor, decay) for factor in course.factors)
+        return [step.relative_update for step in trajectory(schedule, key[0] ** -0.5)]
+
+    lines, of_proxy = [], predicted(proxy)
+    for key in (key for key in measured.keys if key != proxy):
+        values = {i: v / base[i] for i, v in measured.median(key, "relative_update").items() if i in base}
+        model = predicted(key)
+        color = measured.color(key)
+        lines.append(Line(named(key, proxy), tuple(values), tuple(values.values()), color=color))
+        told = [model[i - 1] / of_proxy[i - 1] for i in values]
+        lines.append(Line("", tuple(values), told, dashes=":", color=color))
+    return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)])
 
 
 def half_way(measured: Measured, proxy: Key) -> Callable[..., None]:
@@ -84,16 +117,17 @@ def half_way(measured: Measured, proxy: Key) -> Callable[..., None]:
     lines = []
     for key in measured.keys:
         values = list(measured.layers_half_way(key, "alignment_ratio").values())
-        lines.append(Line(named(key, proxy), range(1, len(values) + 1), values, marker="o"))
+        places, color = range(1, len(values) + 1), measured.color(key)
+        lines.append(Line(named(key, proxy), places, values, marker="o", color=color))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)], x_label="matrix, in the model's order")
 
 
-def mechanism(measured: Measured, proxy: Key) -> list[Picture]:
+def mechanism(name: str, measured: Measured, proxy: Key) -> list[Picture]:
     """Return the pictures of what weight decay does to the layers."""
     return [
         Picture("relative representation change, over the proxy's", "", over_time(
             measured, "relative_representation_change", proxy)),
-        Picture("relative update, over the proxy's", "", over_time(measured, "relative_update", proxy)),
+        Picture("relative update, over the proxy's; dotted: eq. 38", "", warmup_effect(name, measured, proxy)),
         Picture("alignment ratio", "", over_time(measured, "alignment_ratio", None)),
         Picture("alignment ratio of every matrix, half-way", "", half_way(measured, proxy)),
     ]  # fmt: skip
@@ -179,50 +213,59 @@ def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
         )
         own = float(np.interp(optimum.log2_lr, x, y))
         lines.append(f"| {grade.label} | {width} | {told:+.2f} | {same} | {grade.shift.text} | {own:.2f} |")
-    return [line.replace("| -", "| −") for line in lines]
+    return [signed(line) for line in lines]
 
 
-def write_table(name: str, lines: Sequence[str]) -> None:
-    """Put a table between its two lines in docs/evidence.md, if they are there."""
+def block(name: str) -> list[str]:
+    """Return the lines of a table of the page."""
+    if name in FINDINGS:
+        return FINDINGS[name]()
+    sweep, _, kind = name.partition(" ")
+    found = study(known(sweep))
+    if not kind:
+        return table(found)
+    proxy = next(curve.optimum for curve in map(found.proxy, found.labels) if curve and curve.optimum)
+    return forecast_table(sweep, found, Measured(tables(sweep) / "layers.csv", 2**proxy.log2_lr))
+
+
+def write_tables() -> None:
+    """Write every table of docs/evidence.md anew."""
     page = PAGE.read_text()
-    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page))
+    PAGE.write_text(BLOCK.sub(lambda found: found[1] + "\n".join(block(found[2])) + "\n" + found[4], page))
 
 
 def draw(name: str) -> None:
-    """Write the figures and the table of one sweep."""
+    """Write the figures of one sweep."""
     trials = known(name)
     if not trials:
         print(f"{name}: no runs yet")
         return
     found = study(trials)
-    grades = report_card(found)
     folder = tables(name)
-    (folder / "transfer.png").write_bytes(
-        png(grid_figure(f"{name}: loss over base LR", transfer_pictures(found, grades)))
-    )
+    pictures = transfer_pictures(found, report_card(found))
+    (folder / "transfer.png").write_bytes(png(grid_figure(f"{name}: loss over base LR", pictures)))
     start = next((c.optimum for c in map(found.proxy, found.labels) if c and c.optimum), None)
     layers = folder / "layers.csv"
     if start and layers.exists():
         measured = Measured(layers, 2**start.log2_lr)
-        proxy = measured.keys[0]
-        figure = grid_figure(
-            f"{name}: medians over the matrices at base LR {measured.lr:.4g}", mechanism(measured, proxy)
-        )
+        title = f"{name}: medians over the matrices at base LR {measured.lr:.4g}"
+        figure = grid_figure(title, mechanism(name, measured, measured.keys[0]))
         (folder / "mechanism.png").write_bytes(png(figure))
-        lines = forecast_table(name, found, measured)
-        write_table(f"{name} forecast", lines)
-        print(*lines, sep="\n")
-    write_table(name, table(found))
-    print(*table(found), sep="\n")
+    if name == QUICK:
+        print(*table(found), sep="\n")
 
 
 def main() -> None:
     """Draw what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: all")
-    for name in parser.parse_args().sweeps or names():
-        draw(name)
+    parser.add_argument("sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: those shown")
+    shown = sorted(path.parent.name for path in TABLES.glob("*/trials.csv"))
+    for name in parser.parse_args().sweeps or shown:
+        if name in DRAWN:
+            (tables(name) / "figure.png").write_bytes(png(DRAWN[name]()))
+        elif name not in SHOWN_WITH:
+            draw(name)
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A `ConfigError` is printed as one line on rank 0 and ends the process with exit 
 Programming errors stay plain exceptions with their tracebacks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 
@@ -34,6 +34,30 @@ class ConfigError(MegatronPatchError, ValueError):
         self.fix = fix
         shown = "not given" if got is None else str(got)
         super().__init__(f"{flag} {shown}: expected {expected}; {fix}".replace("\n", " "))
+
+
+class ConfigErrors(ConfigError):
+    """Several of them, each in a line of its own.
+
+    Args:
+        errors: two or more.
+    """
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__(errors[0].flag, errors[0].got, errors[0].expected, errors[0].fix)
+        self.errors = tuple(errors)
+        self.args = ("\n".join(map(str, errors)),)
+
+
+def raise_together(errors: Sequence[ConfigError]) -> None:
+    """Raise what there is to raise: nothing, the one error, or all of them as one.
+
+    >>> raise_together([])
+    """
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigErrors(errors)
 
 
 class MegatronRefuses(MegatronPatchError, ValueError):

@@ -1,38 +1,34 @@
 """The tables of docs/evidence.md are those of the committed runs, so that they cannot lie."""
 
 import importlib
-import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from megatron_patch.fit.curves import study
-
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/evidence.md"
-BLOCK = re.compile(r"<!-- (\w+)( forecast)? -->\n(.*?)<!-- end -->", re.DOTALL)
-BLOCKS = BLOCK.findall(PAGE.read_text())
 
 
-@pytest.mark.parametrize(("name", "kind", "written"), BLOCKS, ids=[f"{name}{kind}" for name, kind, _ in BLOCKS])
-def test_a_table_is_that_of_the_runs(name: str, kind: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`make figures-draw` writes them anew."""
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.chdir(ROOT)
-    figures = importlib.import_module("evidence_figures")
-    found = study(figures.known(name))
-    if kind:
-        proxy = next(curve.optimum for curve in map(found.proxy, found.labels) if curve and curve.optimum)
-        measured = figures.Measured(figures.tables(name) / "layers.csv", 2**proxy.log2_lr)
-        lines = figures.forecast_table(name, found, measured)
-    else:
-        lines = figures.table(found)
-    assert written.splitlines() == lines
+    return importlib.import_module("evidence_figures")
 
 
-def test_every_table_of_runs_is_shown() -> None:
-    tables = {path.parent.name for path in (ROOT / "docs/evidence").glob("*/trials.csv")}
-    assert {name for name, kind, _ in BLOCKS if not kind} == tables
+def test_every_table_is_that_of_the_runs(figures: ModuleType) -> None:
+    """`make figures-draw` writes them anew."""
+    blocks = figures.BLOCK.findall(PAGE.read_text())
+    assert blocks
+    for _, name, written, _ in blocks:
+        assert written.splitlines() == figures.block(name), name
+
+
+def test_every_table_of_runs_is_shown(figures: ModuleType) -> None:
+    shown = {name for _, name, _, _ in figures.BLOCK.findall(PAGE.read_text())}
+    for name in (path.parent.name for path in (ROOT / "docs/evidence").glob("*/trials.csv")):
+        assert figures.SHOWN_WITH.get(name, name) in shown
 
 
 def test_what_was_trained_is_not_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:

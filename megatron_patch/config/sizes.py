@@ -8,6 +8,8 @@ is not always the same ratio: `--swiglu` rounds the MLP to a multiple of 64, and
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_patch.config.pattern import DELTA_NET, LATENT, MLP, MOE, has_layer
+
 SIZE_FLAGS = (
     "ffn_hidden_size",
     "moe_ffn_hidden_size",
@@ -35,7 +37,7 @@ def chosen_by_megatron(
     Source: Megatron-LM 0.19, `validate_args` in megatron/training/arguments.py.
     """
     found: dict[str, int] = {}
-    experts = bool(arguments.get("num_experts"))
+    experts = bool(arguments.get("num_experts")) and has_layer(arguments, MOE) is not False
     if "ffn_hidden_size" in left_out:
         # In Megatron's own order of operations.
         swiglu = int((4 * hidden_size * 2 / 3) / 64) * 64
@@ -44,18 +46,28 @@ def chosen_by_megatron(
         size = ffn_hidden_size or found.get("ffn_hidden_size")
         if size is not None:
             found["moe_ffn_hidden_size"] = size
-    if experts and not _has_dense_mlp(arguments.get("moe_layer_freq")):
+    if not _has_dense_mlp(arguments, experts):
         found.pop("ffn_hidden_size", None)
-    if arguments.get("multi_latent_attention") and "kv_lora_rank" in left_out:
+    latent = arguments.get("multi_latent_attention") or has_layer(arguments, LATENT)
+    if latent and "kv_lora_rank" in left_out:
         found["kv_lora_rank"] = int(arguments["kv_lora_rank"])
     heads, size_of_one = "linear_num_value_heads", "linear_value_head_dim"
-    if arguments.get("experimental_attention_variant") == "gated_delta_net" and {heads, size_of_one} <= set(left_out):
+    delta_net = arguments.get("experimental_attention_variant") == "gated_delta_net"
+    if (delta_net or has_layer(arguments, DELTA_NET)) and {heads, size_of_one} <= set(left_out):
         found["linear_attention_inner_size"] = int(arguments[heads]) * int(arguments[size_of_one])
     return found
 
 
-def _has_dense_mlp(moe_layer_frequency: Any) -> bool:
-    """Whether some layer has an MLP instead of experts: 1 is experts everywhere, a list has a 1 for each such layer."""
-    if isinstance(moe_layer_frequency, (list, tuple)):
-        return not all(moe_layer_frequency)
-    return moe_layer_frequency not in (None, 1)
+def _has_dense_mlp(arguments: Mapping[str, Any], experts: bool) -> bool:
+    """Whether some layer has an MLP instead of experts.
+
+    A hybrid model says so in its pattern; of a GPT's frequencies, 1 is experts everywhere, and a list has a 1 for each
+    layer with experts.
+    """
+    hybrid = has_layer(arguments, MLP)
+    if hybrid is not None:
+        return hybrid
+    frequency = arguments.get("moe_layer_freq")
+    if isinstance(frequency, (list, tuple)):
+        return not experts or not all(frequency)
+    return not experts or frequency not in (None, 1)

@@ -1,9 +1,9 @@
-"""How a command ends: its exit code, and the one line that says why."""
+"""How a command ends: its exit code, and the line that says why; several, where there are several mistakes."""
 
 import sys
 from collections.abc import Callable
 
-from megatron_patch.errors import ExitCode, MegatronPatchError, Refused
+from megatron_patch.errors import ConfigErrors, ExitCode, MegatronPatchError, Refused
 
 
 def exit_code(action: Callable[[], int | None], *, interrupted: str | None = None, speaks: bool = True) -> int:
@@ -19,7 +19,8 @@ def exit_code(action: Callable[[], int | None], *, interrupted: str | None = Non
     except Refused as error:
         code, line = ExitCode.REFUSED, f"refused: {error}"
     except MegatronPatchError as error:
-        code, line = ExitCode.MISTAKE, f"error: {error}"
+        several = error.errors if isinstance(error, ConfigErrors) else (error,)
+        code, line = ExitCode.MISTAKE, "\n".join(f"error: {one}" for one in several)
     except KeyboardInterrupt:
         if interrupted is None:
             raise

@@ -17,6 +17,7 @@ COMMANDS = {
     "tokenizer": "train a sentencepiece tokenizer",
     "preprocess": "turn text into a Megatron dataset (.bin and .idx)",
     "doctor": "say of every host of a hostfile what would keep a run from starting",
+    "selfcheck": "try everything on the machine at hand, a GPU's or not; one table, one page, one file",
 }
 """Each is the module of the same name in this folder, with what --help says of it."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.config.pattern import depth
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import RUN_JSON, RunJson
 from megatron_patch.theory.equilibrium import momentum_update_rms, steps_to_equilibrium, trajectory_of_stretches
@@ -121,8 +122,8 @@ def _matrix(held: Held, dry: DryRun) -> Matrix:
     else:
         # Megatron's constant std, smaller for the layers that write to the residual stream.
         rms = args.init_method_std
-        if re.search(r"\.linear_(fc2|proj)\.", spec.name):
-            rms /= math.sqrt(2 * args.num_layers)
+        if re.search(r"\.(linear_(fc2|proj)|mixer\.out_proj)\.", spec.name):
+            rms /= math.sqrt(2 * (depth(vars(args)) or 1))
         base_rms = rms
         if args.use_mup:
             rms /= math.sqrt(spec.m)
@@ -193,12 +194,15 @@ def shapes(dry: DryRun) -> Iterator[str]:
                 f"{head}, so its heads are of another size; keep the head size when changing width "
                 "(--base-kv-projection-size says what it is)"
             )
-    for name, label in (("kv_channels", "head size"), ("num_layers", "depth")):
-        theirs, ours = _reference(args).get(name), getattr(args, name)
+    reference = _reference(args)
+    for label, theirs, ours in (
+        ("head size", reference.get("kv_channels"), args.kv_channels),
+        ("depth", depth(reference), depth(vars(args))),
+    ):
         if theirs is not None and theirs != ours:
             yield (
-                f"{label}: the base model of --reference-run has {theirs}, this one {ours}; the rules transfer across "
-                "width alone"
+                f"{label}: the base model of --reference-run has {theirs:g}, this one {ours:g}; the rules transfer "
+                "across width alone"
             )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 USAGE = """usage: {started} run [--config FILE.yaml] [SCRIPT.py] [Megatron's arguments] [our flags]
 
 SCRIPT.py is any Megatron training script, run untouched as if it had been started directly; without one, the project's
-own launch/pretrain_gpt.py. FILE.yaml holds flags (`num-layers: 4`); the command line wins over it.
+own launch/pretrain.py. FILE.yaml holds flags (`num-layers: 4`); the command line wins over it.
 See Megatron's flags, 4,000 lines, with: {started} run SCRIPT.py --help
 See what a run would do, on any machine, with: {started} explain --help
 
@@ -36,8 +36,8 @@ Our flags, beside Megatron's own:"""
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The wheel carries the script inside the package; in a checkout, and its editable install, it lies beside it.
-_INSIDE = os.path.join(_PACKAGE, "launch", "pretrain_gpt.py")
-_BESIDE = os.path.join(os.path.dirname(_PACKAGE), "launch", "pretrain_gpt.py")
+_INSIDE = os.path.join(_PACKAGE, "launch", "pretrain.py")
+_BESIDE = os.path.join(os.path.dirname(_PACKAGE), "launch", "pretrain.py")
 DEFAULT_SCRIPT = _INSIDE if os.path.isfile(_INSIDE) else _BESIDE
 
 

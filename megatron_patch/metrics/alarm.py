@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_patch.config import Settings
+from megatron_patch.config.pattern import as_in_gpt, pattern_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.lines import FADED, AlignmentLine, CheckLine, read_lines
 from megatron_patch.files.run_json import RUN_JSON, RunJson
@@ -57,7 +58,7 @@ class Proxy:
     rule: Callable[[str], Rule]
     """Layer -> the rule it was trained by."""
     curves: Mapping[str, Mapping[str, Curve]]
-    """Layer -> what was measured -> curve."""
+    """Layer, by the name it has in a GPT -> what was measured -> curve."""
 
     def trained(self, layer: str, fraction: float) -> Trained | None:
         """Return what a layer was trained with at a fraction of training; None where that was not measured."""
@@ -99,13 +100,13 @@ def read_proxy(folder: str) -> Proxy:
     lines = read_lines(path, AlignmentLine, [])
     if total < 1 or not any(line.relative_update is not None for line in lines):
         raise unusable("alignment.jsonl has no measured relative update")
-    return Proxy(folder, rule, _curves(lines, total))
+    return Proxy(folder, rule, _curves(lines, total, pattern_of(run.arguments)))
 
 
-def _curves(lines: Sequence[AlignmentLine], train_iterations: int) -> dict[str, dict[str, Curve]]:
+def _curves(lines: Sequence[AlignmentLine], train_iterations: int, pattern: str | None) -> dict[str, dict[str, Curve]]:
     layers: dict[str, list[AlignmentLine]] = {}
     for line in lines:
-        layers.setdefault(line.layer, []).append(line)
+        layers.setdefault(as_in_gpt(line.layer, pattern), []).append(line)
     found = {}
     for layer, measured in layers.items():
         floor = FADED * max(line.lr for line in measured)
@@ -139,6 +140,7 @@ class TransferCheck:
         factor: > 1; a ratio above it, or below 1 over it, is a deviation.
         count: after how many deviations of a layer's quantity in a row it is warned of.
         earlier: the lines written before the checkpoint that this run continues from.
+        pattern: this run's --hybrid-layer-pattern. Proxy and target meet in the names of a GPT's layers.
     """
 
     def __init__(
@@ -149,8 +151,10 @@ class TransferCheck:
         factor: float,
         count: int,
         earlier: Iterable[CheckLine] = (),
+        pattern: str | None = None,
     ) -> None:
         self._proxy = proxy
+        self._pattern = pattern
         self._rule = rule
         self._train_iterations = train_iterations
         self._factor = factor
@@ -168,7 +172,7 @@ class TransferCheck:
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         """Return the layers that the proxy does not have."""
-        return [layer for layer in layers if layer not in self._proxy.curves]
+        return [layer for layer in layers if as_in_gpt(layer, self._pattern) not in self._proxy.curves]
 
     def compare(self, measured: Sequence[Mapping[str, Any]]) -> list[Line]:
         """Return the lines of transfer_check.jsonl for the lines of alignment.jsonl of one iteration.
@@ -178,7 +182,7 @@ class TransferCheck:
         """
         found = []
         for line in measured:
-            curves = self._proxy.curves.get(line["layer"])
+            curves = self._proxy.curves.get(as_in_gpt(line["layer"], self._pattern))
             if curves is None:
                 continue
             fraction = line["iteration"] / self._train_iterations
@@ -207,7 +211,7 @@ class TransferCheck:
 
     def _cause(self, line: Mapping[str, Any], fraction: float, quantity: str, ratios: Mapping[str, float]) -> str:
         layer, ratio = line["layer"], ratios[quantity]
-        proxy = self._proxy.trained(layer, fraction)
+        proxy = self._proxy.trained(as_in_gpt(layer, self._pattern), fraction)
         if proxy is None or ratio <= 0 or line["lr"] <= 0:
             return UNKNOWN
         rms = weight_rms(line["weight_norm"], line["fan_in"], line["fan_out"])

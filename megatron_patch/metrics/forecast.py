@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_patch.config.pattern import as_in_gpt
 from megatron_patch.theory.equilibrium import decay_per_step, next_rho
 
 
@@ -19,6 +20,7 @@ class NormForecast:
         initial_rms: RMS of the entries of every layer's weight at the start.
         update_rms: b of every layer, the RMS of its updates at a learning rate of 1; 1 where a layer is not in it. None
             for a layer whose updates have no known size: nothing is predicted for it.
+        pattern: of a hybrid model, which may go on from the checkpoint of a GPT, where its layers have other names.
 
     Source: arXiv 2510.19093, eq. 30.
     """
@@ -27,8 +29,10 @@ class NormForecast:
         self,
         group_of: Mapping[str, str],
         initial_rms: Mapping[str, float],
+        pattern: str | None = None,
         update_rms: Mapping[str, float | None] | None = None,
     ) -> None:
+        self._pattern = pattern
         self._update_rms = dict(update_rms or {})
         self._group_of = dict(group_of)
         self._initial_rms = dict(initial_rms)
@@ -64,7 +68,10 @@ class NormForecast:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; layers or groups it does not know start anew."""
-        known = {layer: rms for layer, rms in state["initial_rms"].items() if layer in self._initial_rms}
+        saved = state["initial_rms"]
+        of_gpt = not self._initial_rms.keys() <= saved.keys()  # some names are in both, and mean other layers
+        names = {layer: as_in_gpt(layer, self._pattern) if of_gpt else layer for layer in self._initial_rms}
+        known = {layer: saved[name] for layer, name in names.items() if name in saved}
         groups = {group: tuple(f) for group, f in state["factors"].items() if group in self._factors}
         if set(known) == set(self._initial_rms) and set(groups) == set(self._factors):
             self._initial_rms, self._factors = known, groups

@@ -166,6 +166,7 @@ def open_alarm(
     last_iteration: int,
     factor: float,
     count: int,
+    pattern: str | None = None,
 ) -> Alarm:
     """Return the comparison with a proxy, and say on the terminal what is compared.
 
@@ -173,7 +174,7 @@ def open_alarm(
         folder: the metrics folder of the proxy's run.
         directory: where transfer_check.jsonl goes; it is cut back to where the run continues.
         layers: what this run reports.
-        rule, train_iterations, factor, count: as in `TransferCheck`.
+        rule, train_iterations, factor, count, pattern: as in `TransferCheck`.
         last_iteration: of the checkpoint that the run continues from; 0 for a new run.
 
     Raises:
@@ -182,7 +183,8 @@ def open_alarm(
     """
     proxy, path = read_proxy(folder), os.path.join(directory, FILE)
     file = JsonLines(path, last_iteration)
-    check = TransferCheck(proxy, rule, train_iterations, factor, count, earlier=read_lines(path, CheckLine, []))
+    earlier = read_lines(path, CheckLine, [])
+    check = TransferCheck(proxy, rule, train_iterations, factor, count, earlier, pattern)
     missing = check.unmatched(layers)
     if len(missing) == len(layers):
         raise ConfigError(

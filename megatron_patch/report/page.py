@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich import box
@@ -145,17 +145,20 @@ def _print_card(sweep: Sweep, console: Console) -> None:
         console.print(Text(sentence), soft_wrap=True)
 
 
+def template(name: str) -> Template:
+    """Return one of the pages' templates."""
+    loader = FileSystemLoader(os.path.dirname(__file__))
+    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+
+
 def html_page(runs: Sequence[Run], sweep: Sweep | None = None, notes: Sequence[str] = ()) -> str:
     """Return the report as the text of one HTML page that loads nothing else."""
-    environment = Environment(
-        loader=FileSystemLoader(os.path.dirname(__file__)), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     several = len(runs) > 1
     detailed = len(runs) <= MOST_DETAILED
     title = f"{len(runs)} runs" if several else f"Run {runs[0].name}" if runs else ""
     if sweep:
         title = f"Transfer across width: {len(sweep.study.trials)} trials"
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         title=title,
         subtitle=_subtitle(runs, detailed),
         light=LIGHT,
@@ -163,7 +166,7 @@ def html_page(runs: Sequence[Run], sweep: Sweep | None = None, notes: Sequence[s
         notes=notes,
         sweep=_sweep_section(sweep, runs) if sweep else None,
         overall=tables.runs_table(runs) if several else None,
-        comparison=_figures(charts_run.comparison_pictures(runs), "all") if several else [],
+        comparison=figures(charts_run.comparison_pictures(runs), "all") if several else [],
         runs=[_section(run, f"r{place}", detailed) for place, run in enumerate(runs)],
     )
 
@@ -179,16 +182,16 @@ def _sweep_section(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
             {
                 "title": comparison.title,
                 "lr": comparison.lr,
-                "overall": _figures([*overall, *charts_layers.warmup_pictures(widest)], f"w{place}o"),
-                "by_kind": _figures(by_kind, f"w{place}k"),
+                "overall": figures([*overall, *charts_layers.warmup_pictures(widest)], f"w{place}o"),
+                "by_kind": figures(by_kind, f"w{place}k"),
             }
         )
     return {
         "verdicts": sweep.verdicts,
         "card": sweep_section.card_table(sweep.grades),
         "proxy": sweep_section.proxy_text(sweep),
-        "curves": _figures(sweep.curves, "s"),
-        "heat_maps": _figures(sweep.heat_maps, "h"),
+        "curves": figures(sweep.curves, "s"),
+        "heat_maps": figures(sweep.heat_maps, "h"),
         "compared": compared,
         "trials": sweep_section.trials_table(sweep),
     }
@@ -207,7 +210,7 @@ def _section(run: Run, prefix: str, detailed: bool) -> dict[str, Any]:
         "name": run.name,
         "notes": run.notes,
         "facts": tables.facts(run),
-        "training": _figures(
+        "training": figures(
             (charts_run.training_pictures if detailed else charts_run.loss_pictures)(run), f"{prefix}t"
         ),
         "classes": tables.class_table(run),
@@ -218,18 +221,19 @@ def _section(run: Run, prefix: str, detailed: bool) -> dict[str, Any]:
     if detailed:
         section |= {
             "parameters": tables.parameter_table(run),
-            "alignment": _figures(charts_run.alignment_pictures(run), f"{prefix}a"),
+            "alignment": figures(charts_run.alignment_pictures(run), f"{prefix}a"),
             "kinds": tables.kind_table(run),
             "layers": tables.layer_table(run),
-            "every_layer": _figures(charts_layers.every_layer(run), f"{prefix}l"),
-            "warmups": _figures(charts_layers.warmup_pictures(run), f"{prefix}w"),
-            "equilibrium": _figures(charts_run.equilibrium_pictures(run), f"{prefix}e"),
+            "every_layer": figures(charts_layers.every_layer(run), f"{prefix}l"),
+            "warmups": figures(charts_layers.warmup_pictures(run), f"{prefix}w"),
+            "equilibrium": figures(charts_run.equilibrium_pictures(run), f"{prefix}e"),
             "arguments": tables.all_arguments(run),
         }
     return section
 
 
-def _figures(drawn: Iterable[Picture], prefix: str) -> list[_Figure]:
+def figures(drawn: Iterable[Picture], prefix: str) -> list[_Figure]:
+    """Return pictures for a template; `prefix` is put before their ids."""
     return [
         # Only numbers, names escaped by matplotlib, and a label that svg() escapes.
         _Figure(p.title, p.caption, Markup(svg(small_figure(p), f"{prefix}{place}-", p.text)))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.config.pattern import depth, pattern_of
 from megatron_patch.config.sizes import chosen_by_megatron
 from megatron_patch.files.yaml_flags import attributes
 from megatron_patch.runs.trial import Trial
@@ -81,7 +82,7 @@ def _values(a: Mapping[str, Any]) -> dict[str, Any]:
     warmup, decay = _number(get(f"lr_warmup_{unit}", 0)), _number(get(f"lr_decay_{unit}")) or whole
     fraction = _number(get("lr_warmup_fraction"))
     found = {
-        "depth": _number(get("num_layers")),
+        "depth": depth(a) if pattern_of(a) else _number(get("num_layers")),
         "head size": head,
         "batch": batch,
         "steps": steps,

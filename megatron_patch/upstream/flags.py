@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_patch.config import MetricsConfig, Settings, WarmupConfig, WidthConfig, flag, options_of
 from megatron_patch.config.arguments import add_arguments
-from megatron_patch.errors import ConfigError
+from megatron_patch.config.deepspeed_file import mistakes
+from megatron_patch.errors import ConfigError, raise_together
 from megatron_patch.metrics.alarm import read_proxy
-from megatron_patch.upstream.engine.ds_config import plan_engine
-from megatron_patch.upstream.refusals import Feature, refuse
+from megatron_patch.upstream.refusals import Feature, refused
 from megatron_patch.upstream.width.bases import settle_bases, sizes_left_out
 
 
@@ -136,7 +136,6 @@ def validate(args: Any, left_out: Collection[str] = ()) -> Settings:
         _check_reference(settings.metrics)
     _refuse_together(settings, args)
     if settings.engine.file is not None:
-        plan_engine(settings.engine.file, args)
         _run_once(args)
     if settings.active:
         _check_learning_rates(args, settings.width)
@@ -150,14 +149,21 @@ def validate(args: Any, left_out: Collection[str] = ()) -> Settings:
 
 
 def _refuse_together(settings: Settings, args: Any) -> None:
-    if settings.active:
-        refuse(Feature.ANY, vars(args))
-    if settings.width.rule != "none":
-        refuse(Feature.RULE, vars(args))
-    if settings.metrics.active:
-        refuse(Feature.METRICS, vars(args))
-    if settings.engine.active:
-        refuse(Feature.ENGINE, vars(args))
+    """Raise what our flags cannot be honoured with, all at once.
+
+    Raises:
+        ConfigError: of Megatron's flags, and of DeepSpeed's file.
+    """
+    features = {
+        Feature.ANY: settings.active,
+        Feature.RULE: settings.width.rule != "none",
+        Feature.METRICS: settings.metrics.active,
+        Feature.ENGINE: settings.engine.active,
+    }
+    errors = [error for feature, on in features.items() if on for error in refused(feature, vars(args))]
+    if settings.engine.active and settings.engine.file is not None:
+        errors += mistakes(settings.engine.file, args)
+    raise_together(errors)
 
 
 def _run_once(args: Any) -> None:

@@ -43,21 +43,21 @@ class Refusal:
     """Whether the other settings make it matter at all."""
 
 
-def refuse(feature: Feature, settings: Mapping[str, Any]) -> None:
-    """Refuse what a feature that was asked for cannot be honoured with.
+def refused(feature: Feature, settings: Mapping[str, Any]) -> list[ConfigError]:
+    """Return what a feature that was asked for cannot be honoured with.
 
     Args:
         feature: what was asked for.
-        settings: Megatron's, validated, by attribute name; with `Feature.CPU` the flags as typed, with their values.
-
-    Raises:
-        ConfigError: names the flag.
+        settings: Megatron's, by attribute name; with `Feature.CPU` the flags as typed, with their values.
     """
-    for row in TABLE:
-        if row.feature is feature and row.attribute in settings and row.applies(settings):
-            value = settings[row.attribute]
-            if value not in row.fine:
-                raise ConfigError(row.flag, value if row.got is _ITSELF else row.got, row.expected, row.fix)
+    return [
+        ConfigError(row.flag, settings[row.attribute] if row.got is _ITSELF else row.got, row.expected, row.fix)
+        for row in TABLE
+        if row.feature is feature
+        and row.attribute in settings
+        and row.applies(settings)
+        and settings[row.attribute] not in row.fine
+    ]
 
 
 _OFF = (None, False)
@@ -87,7 +87,11 @@ def _inexact(attribute: str, flag: str, fine: tuple[Any, ...], expected: str) ->
     return Refusal(attribute, flag, fine, Feature.METRICS, f"{expected}, while metrics are on", _DROP_METRICS)
 
 
-def _not_with_engine(attribute: str, flag: str, fine: tuple[Any, ...], expected: str, fix: str = "drop it") -> Refusal:
+def _not_with_engine(
+    attribute: str, expected: str, fine: tuple[Any, ...] = _OFF, fix: str = "drop it", flag: str | None = None
+) -> Refusal:
+    """What the engine would not do, or would ignore."""
+    flag = flag or f"--{attribute.replace('_', '-')}"
     return Refusal(attribute, flag, fine, Feature.ENGINE, f"with --deepspeed {expected}", f"{fix}, or drop --deepspeed")
 
 
@@ -99,6 +103,7 @@ def _needs_gpu(flag: str, reason: str, harmless: str | None = None) -> Refusal:
 
 CPU_FIX = "drop the flag, or drop --cpu and run on a GPU"
 _REBUILT = "it rebuilds the parameters and drops the attributes the rules read"
+_NO_DDP = "no such flag: it is for Megatron's DDP, which does not train"
 _NO_HOOKS = "a replayed graph calls no hooks"
 
 TABLE: tuple[Refusal, ...] = (
@@ -208,97 +213,101 @@ TABLE: tuple[Refusal, ...] = (
         got=None,
         applies=lambda settings: bool(settings.get("num_experts")) and settings["tensor_model_parallel_size"] > 1,
     ),
+    # Layouts and precision
     _not_with_engine(
-        "pipeline_model_parallel_size",
-        "--pipeline-model-parallel-size",
-        (None, 1),
-        "1: the engine has no stages of Megatron's pipeline",
-        "set it to 1",
+        "pipeline_model_parallel_size", "1: the engine has no stages of Megatron's pipeline", (None, 1), "set it to 1"
     ),
-    _not_with_engine("optimizer", "--optimizer", ("adam",), "adam: the engine builds its own", "use adam"),
+    _not_with_engine("context_parallel_size", "1: not tested (it needs a GPU)", (None, 1), "set it to 1"),
+    _not_with_engine("num_experts", "no experts: they have data-parallel groups of their own", (None, 0)),
+    _not_with_engine("fp16", "--bf16 or fp32: loss scaling by the engine is not tested", fix="give --bf16"),
+    _not_with_engine("fp8_param_gather", "no such flag: the engine gathers parameters itself"),
+    _not_with_engine("fp4_param_gather", "no such flag: the engine gathers parameters itself"),
+    _not_with_engine("cuda_graph_impl", "none: ZeRO runs Python in both passes", (None, "none")),
+    _not_with_engine("optimizer_cuda_graph", "no such flag: ZeRO's step runs Python"),
+    _not_with_engine("init_model_with_meta_device", "weights that are there when it is built"),
+    _not_with_engine("data_parallel_random_init", "the same weights on all ranks when it is built"),
+    # Gradients and the optimizer
+    _not_with_engine("use_distributed_optimizer", "no such flag: ZeRO shards the optimizer"),
+    _not_with_engine("use_layer_wise_distributed_optimizer", "no such flag: ZeRO shards the optimizer"),
+    _not_with_engine("use_precision_aware_optimizer", "no such flag: the engine keeps the fp32 weights"),
+    _not_with_engine("optimizer", "adam: the engine builds its own", ("adam",), "use adam"),
     _not_with_engine(
-        "context_parallel_size", "--context-parallel-size", (None, 1), "1: not tested (it needs a GPU)", "set it to 1"
+        "overlap_grad_reduce", "no such flag: zero_optimization.overlap_comm in the JSON file is the engine's"
     ),
-    _not_with_engine(
-        "num_experts", "--num-experts", (None, 0), "no experts: they have data-parallel groups of their own"
-    ),
-    _not_with_engine(
-        "use_distributed_optimizer", "--use-distributed-optimizer", _OFF, "no such flag: ZeRO shards the optimizer"
-    ),
-    _not_with_engine(
-        "use_layer_wise_distributed_optimizer",
-        "--use-layer-wise-distributed-optimizer",
-        _OFF,
-        "no such flag: ZeRO shards the optimizer",
-    ),
-    _not_with_engine(
-        "overlap_grad_reduce",
-        "--overlap-grad-reduce",
-        _OFF,
-        "no such flag: zero_optimization.overlap_comm in the JSON file is the engine's",
-    ),
-    _not_with_engine(
-        "overlap_param_gather", "--overlap-param-gather", _OFF, "no such flag: the engine gathers parameters itself"
-    ),
-    _not_with_engine(
-        "use_precision_aware_optimizer",
-        "--use-precision-aware-optimizer",
-        _OFF,
-        "no such flag: the engine keeps the fp32 weights",
-    ),
-    _not_with_engine("fp16", "--fp16", _OFF, "--bf16 or fp32: loss scaling by the engine is not tested", "give --bf16"),
-    _not_with_engine(
-        "fp8_param_gather", "--fp8-param-gather", _OFF, "no such flag: the engine gathers parameters itself"
-    ),
-    _not_with_engine(
-        "calculate_per_token_loss",
-        "--calculate-per-token-loss",
-        _OFF,
-        "a loss per sequence: gradients cannot be scaled once the engine has reduced them",
-    ),
+    _not_with_engine("overlap_param_gather", "no such flag: the engine gathers parameters itself"),
     _not_with_engine(
         "gradient_accumulation_fusion",
-        "--no-gradient-accumulation-fusion",
-        _OFF,
         "the flag: the fused kernel writes gradients where the engine does not look",
-        "add it",
+        fix="add it",
+        flag="--no-gradient-accumulation-fusion",
     ),
-    _not_with_engine("async_save", "--async-save", _OFF, "no such flag: the engine saves while the run waits"),
-    _not_with_engine("ckpt_format", "--ckpt-format", (None, "torch_dist"), "torch_dist, beside the engine's own files"),
-    _not_with_engine("ckpt_convert_format", "--ckpt-convert-format", (None,), "no conversion"),
+    _not_with_engine("delay_wgrad_compute", "no such flag: gradients that come later are not reduced"),
     _not_with_engine(
-        "non_persistent_save_interval", "--non-persistent-save-interval", (None,), "checkpoints of one kind"
+        "calculate_per_token_loss",
+        "a loss per sequence: gradients cannot be scaled once the engine has reduced them",
     ),
-    _not_with_engine("pretrained_checkpoint", "--pretrained-checkpoint", (None,), "--load"),
+    _not_with_engine("grad_reduce_in_bf16", "no such flag: communication_data_type in the JSON file is the engine's"),
+    _not_with_engine("ddp_bucket_size", "no such flag: zero_optimization.reduce_bucket_size is the engine's", (None,)),
+    _not_with_engine("ddp_num_buckets", "no such flag: zero_optimization.reduce_bucket_size is the engine's", (None,)),
+    _not_with_engine("ddp_average_in_collective", _NO_DDP),
+    _not_with_engine("ddp_pad_buckets_for_high_nccl_busbw", _NO_DDP),
+    _not_with_engine("ddp_reduce_scatter_with_fp32_accumulation", _NO_DDP),
+    _not_with_engine("ddp_param_name_patterns_for_fp32_local_accumulation", _NO_DDP, (None, [], ())),
+    _not_with_engine("check_for_large_grads", "no such flag: the engine keeps the gradients to itself"),
+    _not_with_engine("qk_clip", "no such flag: it writes to weights that the engine keeps in fp32"),
+    _not_with_engine("freeze_all_layers", "something to train"),
+    _not_with_engine("perform_rl_step", "pretraining alone"),
+    _not_with_engine("inprocess_restart", "new processes: the engine cannot be taken down", fix="use --restarts"),
+    # Checkpoints
+    _not_with_engine("async_save", "no such flag: the engine saves while the run waits"),
+    _not_with_engine("ckpt_format", "torch_dist, beside the engine's own files", (None, "torch_dist")),
+    _not_with_engine("ckpt_convert_format", "no conversion", (None,)),
+    _not_with_engine("non_persistent_save_interval", "checkpoints of one kind", (None,)),
+    _not_with_engine("non_persistent_ckpt_type", "checkpoints of one kind", (None,)),
+    _not_with_engine("pretrained_checkpoint", "--load", (None,)),
+    _not_with_engine("no_save_optim", "whole checkpoints: the engine saves its optimizer with the weights"),
+    _not_with_engine("load_main_params_from_ckpt", "no such flag: the engine's checkpoints hold the fp32 weights"),
+    _not_with_engine("override_ckpt_iteration", "the iteration that the engine's files are named by", (None,)),
+    _not_with_engine(
+        "dist_ckpt_optim_fully_reshardable",
+        "no such flag: universal checkpoints go to other numbers of ranks (docs/deepspeed.md)",
+    ),
+    _not_with_engine("replication", "checkpoints of one kind"),
+    _not_with_engine("verify_integrity", "no such flag: the engine's files have no hashes"),
     _not_with_engine(
         "override_width_scaling",
-        "--override-width-scaling",
-        _OFF,
         "the checkpoint's hyperparameters: the engine keeps its state by place in the param groups",
     ),
+    _not_with_engine("skip_train", "training: the engine's checkpoints are loaded with its optimizer"),
+    # What looks at parameters or gradients
+    _not_with_engine("log_params_norm", "no such flag: at stage 3 no rank holds the parameters"),
+    _not_with_engine("log_num_zeros_in_grad", "no such flag: the engine keeps the gradients to itself"),
     _not_with_engine(
-        "skip_train", "--skip-train", _OFF, "training: the engine's checkpoints are loaded with its optimizer"
+        "check_weight_hash_across_dp_replicas_interval",
+        "no such flag: at stage 3 no rank holds the parameters",
+        (None,),
     ),
     _not_with_engine(
-        "init_model_with_meta_device", "--init-model-with-meta-device", _OFF, "weights that are there when it is built"
+        "dump_param_to_param_group_map",
+        "no such flag: `explain` and hyperparameters.json say which parameter is in which group",
+        (None,),
     ),
-    _not_with_engine(
-        "log_params_norm", "--log-params-norm", _OFF, "no such flag: at stage 3 no rank holds the parameters"
-    ),
-    _not_with_engine(
-        "log_num_zeros_in_grad",
-        "--log-num-zeros-in-grad",
-        _OFF,
-        "no such flag: the engine keeps the gradients to itself",
-    ),
-    _not_with_engine("save_wgrads_interval", "--save-wgrads-interval", (None,), "no dumps of gradients"),
-    _not_with_engine("save_params_interval", "--save-params-interval", (None,), "no dumps of parameters"),
-    _not_with_engine("qk_clip", "--qk-clip", _OFF, "no such flag: it writes to weights that the engine keeps in fp32"),
-    _not_with_engine("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), "none: ZeRO runs Python in both passes"),
-    _not_with_engine("optimizer_cuda_graph", "--optimizer-cuda-graph", _OFF, "no such flag: ZeRO's step runs Python"),
+    _not_with_engine("save_wgrads_interval", "no dumps of gradients", (None,)),
+    _not_with_engine("save_dgrads_interval", "no dumps of gradients", (None,)),
+    _not_with_engine("save_activations_interval", "no dumps of activations", (None,)),
+    _not_with_engine("save_params_interval", "no dumps of parameters", (None,)),
     _needs_gpu("--fp8-format", "fp8 needs Transformer Engine"),
     _needs_gpu("--fp4-format", "fp4 needs Transformer Engine"),
     _needs_gpu("--multi-latent-attention", "the local spec's attention does not take the head sizes of MLA"),
+    Refusal(
+        "--hybrid-layer-pattern",
+        "--hybrid-layer-pattern",
+        (),
+        Feature.CPU,
+        "the layers M, *, - and E with --cpu (MLA, gated delta nets and sparse attention, + G D, need a GPU)",
+        "choose among these, or drop --cpu and run on a GPU",
+        applies=lambda flags: not set(flags["--hybrid-layer-pattern"]).isdisjoint("+GD"),
+    ),
     _needs_gpu("--use-flash-attn", "flash attention is a CUDA kernel"),
     _needs_gpu("--moe-grouped-gemm", "grouped GEMM needs Transformer Engine"),
     _needs_gpu("--moe-permute-fusion", "the fused permutation needs Transformer Engine"),

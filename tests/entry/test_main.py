@@ -23,6 +23,7 @@ DOORS = {
     "sweep": "sweep",
     "transfer_config": "transfer",
     "report": "report",
+    "gpu_selfcheck": "selfcheck",
 }
 HEAVY = {"torch", "megatron", "numpy", "matplotlib", "optuna", "datasets", "sentencepiece", "transformers", "rich"}
 MODULES = 350
@@ -46,7 +47,7 @@ def test_help_lists_every_command(
     out = capsys.readouterr().out
     assert out.startswith("usage: megatron-patch COMMAND")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == list(COMMANDS) == "run explain sweep transfer report tokenizer preprocess doctor".split()
+    assert listed == list(COMMANDS) == "run explain sweep transfer report tokenizer preprocess doctor selfcheck".split()
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_two_dashes_before_the_script(script: str, tmp_path: Path) -> None:
 
 def test_without_a_script_the_projects_own() -> None:
     assert split_command_line(["--lr", "1"]) == (None, DEFAULT_SCRIPT, ["--lr", "1"])
-    assert Path(DEFAULT_SCRIPT).relative_to(ROOT) == Path("launch/pretrain_gpt.py")
+    assert Path(DEFAULT_SCRIPT).relative_to(ROOT) == Path("launch/pretrain.py")
 
 
 @pytest.mark.parametrize("argv", [["--config"], ["--config="], ["--config", "--lr", "1"], ["--config", ""]])

@@ -24,9 +24,10 @@ FLOORS = {
     "config": Floor("our flags as values that know what contradicts what", "errors theory files"),
     "hosts": Floor("a run on several hosts: checked, compared, watched, ended everywhere, judged", "errors files"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
+    "kernels": Floor("in plain torch, what Megatron takes from CUDA libraries", "errors", "torch"),
     "upstream": Floor(
         "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
-        "errors theory files config hosts metrics",
+        "errors theory files config hosts metrics kernels",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron deepspeed",
     ),
@@ -51,9 +52,14 @@ FLOORS = {
         "errors theory files runs fit",
         "matplotlib jinja2 markupsafe numpy rich",
     ),
+    "selfcheck": Floor(
+        "one command that tries everything on the machine at hand",
+        "errors files config upstream report",
+        "torch megatron transformer_engine",
+    ),
     "entry": Floor(
         "the commands",
-        "version errors theory files config upstream data sweep transfer report hosts",
+        "version errors theory files config upstream data sweep transfer report hosts selfcheck",
         "rich",
     ),
 }

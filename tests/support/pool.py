@@ -58,7 +58,7 @@ SHOWN = 4000  # characters of a rank's output in a failure message
 # Ends every failure's text: the two functions of Megatron that are not its own in a job.
 CHANGED = (
     "(the pool's template replaced two functions of Megatron: get_write_results_queue forks instead of spawning, and "
-    "ArgumentGroupFactory._get_field_docstrings remembers; tests/launch/test_pretrain_gpt.py trains without both)"
+    "ArgumentGroupFactory._get_field_docstrings remembers; tests/launch/test_pretrain.py trains without both)"
 )
 # What the trainer imports at the start and, left to itself, here and there in the course of a run.
 PRELOADED = (
@@ -67,7 +67,7 @@ PRELOADED = (
     "megatron.core.models.gpt",
     "megatron.core.models.mimo",
     "megatron.core.tokenizers.text.models",
-    "megatron_patch.upstream.cpu.norms",
+    "megatron_patch.kernels.norms",
     "megatron_patch.upstream.datasets",
     "torch.utils.tensorboard",
 )

@@ -1,5 +1,7 @@
 """Trains a small GPT with Megatron's own `pretrain` inside a job of the pool (tests/support/pool.py).
 
+With `--hybrid-layer-pattern` it is a hybrid model.
+
     from tests.support.training import TINY, Outcome, train
 
     def test_tensor_parallel_is_exact(pool: Pool) -> None:
@@ -109,7 +111,11 @@ def train(argv: Sequence[str], *, steps: int, hooks: Hooks | None = None) -> Out
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.enums import ModelType
     from megatron.training import training
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_patch.upstream.cpu.platform import cpu_arguments
@@ -142,7 +148,8 @@ def train(argv: Sequence[str], *, steps: int, hooks: Hooks | None = None) -> Out
         return original_log(loss_dict, total, rate, iteration, *rest, **more)
 
     training.train, training.training_log = listening_train, listening_log
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    config = pretrain_cfg_container_from_args(args, model)
     try:
         training.pretrain(config, _datasets, ModelType.encoder_or_decoder, _forward_step)
     except SystemExit as stop:  # how --exit-interval ends
@@ -267,6 +274,7 @@ def global_names(model: Sequence[Any]) -> dict[str, Any]:
     name of the original.
     """
     from megatron.core import parallel_state
+    from megatron.core.ssm.mamba_layer import MambaLayer
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.core.utils import unwrap_model
@@ -275,7 +283,7 @@ def global_names(model: Sequence[Any]) -> dict[str, Any]:
     for chunk in unwrap_model([getattr(chunk, "module", chunk) for chunk in model]):  # the engine's wrapper is ours
         renamed: dict[str, str] = {}  # prefix of a module here -> prefix in the whole model
         for name, module in chunk.named_modules():
-            if isinstance(module, TransformerLayer):
+            if isinstance(module, (TransformerLayer, MambaLayer)):
                 renamed[f"{name}."] = f"{name.rpartition('.')[0]}.{module.layer_number - 1}."
             if isinstance(module, SequentialMLP):
                 first = parallel_state.get_expert_model_parallel_rank() * module.num_local_experts

@@ -14,7 +14,7 @@ from megatron_patch.upstream.cpu.torch_stand_ins import RNG_REASON, StandIn, not
 
 def _local_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, *unused: Any, **also_unused: Any) -> Any:
     """Replaces `WrappedTorchNorm.__new__`; the further parameters are unused by the original as well."""
-    from megatron_patch.upstream.cpu.norms import build_norm
+    from megatron_patch.kernels.norms import build_norm
 
     return build_norm(config, hidden_size, eps)
 
@@ -151,6 +151,38 @@ def _megatron_set_rng_state(new_state: Any, device: Any = -1, graph_safe: bool =
     set_rng_state(new_state)
 
 
+def _local_layers(_: Any) -> Any:
+    from megatron_patch.upstream.cpu.hybrid import local_submodules
+
+    return local_submodules()
+
+
+def _local_mamba_norm(_: Any) -> Any:
+    from megatron_patch.upstream.cpu.hybrid import ExtendedRMSNorm
+
+    return ExtendedRMSNorm
+
+
+def _in_torch(name: str) -> Callable[[Any], Any]:
+    """Return what takes a kernel's place; looked up late, since torch must not be imported here."""
+
+    def kernel(_: Any) -> Any:
+        from megatron_patch.kernels import mamba
+
+        return getattr(mamba, name)
+
+    return kernel
+
+
+def _local_final_norm(_: Any) -> Any:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return WrappedTorchNorm
+
+
+_MIXER = "megatron.core.ssm.mamba_mixer"
+_NO_TRITON = "mamba_ssm's kernels are Triton's and need a GPU"
+
 MEGATRON_STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         "megatron.training.initialize:_warmup_jit_function",
@@ -204,5 +236,24 @@ MEGATRON_STAND_INS: tuple[StandIn, ...] = (
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         _local_norm,
         "the local spec's norm refuses sequence parallelism; a new __new__ reaches every module that bound the class",
+    ),
+    StandIn(
+        "megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec.submodules",
+        _local_layers,
+        "upstream's only hybrid spec is Transformer Engine's; inside the object, so that each of its names has it",
+        wraps=True,
+    ),
+    StandIn(
+        "megatron.core.models.hybrid.hybrid_block:TENorm",
+        _local_final_norm,
+        "the hybrid stack builds its last norm from this name and not from its spec",
+        wraps=True,
+    ),
+    StandIn(f"{_MIXER}:HAVE_MAMBA_SSM", True, _NO_TRITON),
+    StandIn(f"{_MIXER}:MAMBA_HAS_STATE_DTYPE", False, "the scan in plain torch keeps its state in fp32"),
+    StandIn(f"{_MIXER}:ExtendedRMSNorm", _local_mamba_norm, _NO_TRITON, wraps=True),
+    *(
+        StandIn(f"{_MIXER}:{name}", _in_torch(name), _NO_TRITON, wraps=True)
+        for name in ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
     ),
 )

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from megatron_patch.errors import ConfigError, UpstreamChanged
+from megatron_patch.errors import ConfigError, UpstreamChanged, raise_together
 from megatron_patch.upstream.cpu.megatron_stand_ins import MEGATRON_STAND_INS
 from megatron_patch.upstream.cpu.torch_stand_ins import TORCH_STAND_INS, StandIn, local_world_size
-from megatron_patch.upstream.refusals import CPU_FIX, Feature, refuse
+from megatron_patch.upstream.refusals import CPU_FIX, Feature, refused
 
 __all__ = [
     "CPU_DEFAULTS",
@@ -93,7 +93,7 @@ def cpu_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigError: `argv` asks for something that a CPU cannot do.
     """
     given = _given(argv)
-    refuse(Feature.CPU, {flag: value or "" for flag, value in given.items()})
+    raise_together(refused(Feature.CPU, {flag: value or "" for flag, value in given.items()}))
     extended, said = list(argv), []
     for words, reason in CPU_DEFAULTS:
         flag, value = words[0], words[1] if len(words) > 1 else None

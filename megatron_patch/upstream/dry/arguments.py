@@ -60,10 +60,13 @@ def _refuse_other_models(args: Any) -> None:
     if args.optimizer not in ("adam", "sgd", "dist_muon", *EMERGING):
         known = ", ".join(("adam", "sgd", *EMERGING))
         raise ConfigError("--optimizer", args.optimizer, f"one of {known}", "explain one of these")
-    if args.hybrid_layer_pattern:
-        raise ConfigError(
-            "--hybrid-layer-pattern", args.hybrid_layer_pattern, "a GPT: no other model is built here", "drop the flag"
-        )
+
+
+def model_config(args: Any) -> Any:
+    """Return Megatron's config of the model that the arguments ask for: a hybrid one, or a GPT."""
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    return (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
 
 
 def smallest_world(args: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_patch.config.arguments import add_arguments
 from megatron_patch.upstream import flags
-from megatron_patch.upstream.dry.arguments import settle_vocabulary, smallest_world
+from megatron_patch.upstream.dry.arguments import model_config, settle_vocabulary, smallest_world
 from megatron_patch.upstream.dry.machine import assigned, machine_meant, megatrons_checks, suit
 
 _OF_VOCABULARY = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size", "padded_vocab_size")
@@ -43,7 +43,6 @@ class Checker:
             ConfigError: a run would be refused.
         """
         from megatron.training import arguments
-        from megatron.training.argument_utils import gpt_config_from_args
 
         with (
             megatrons_checks(),
@@ -55,10 +54,10 @@ class Checker:
             suit(args)
             args.world_size = ranks or smallest_world(args)
             flags.validate_around(lambda: arguments.validate_args(args), args, self.parser.get_default)
-            if script or args.hybrid_layer_pattern:
-                return None, ["no FLOPs are counted for a script of your own, or another model than a GPT"]
+            if script:
+                return None, ["no FLOPs are counted for a script of your own, which may build another model"]
             notes = self._settle_vocabulary(args)
-            gpt_config_from_args(args).finalize()
+            model_config(args).finalize()
         return _flops(args), notes
 
     def _settle_vocabulary(self, args: Any) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_patch.config import Settings
-from megatron_patch.upstream.dry.arguments import settle_vocabulary, validated
+from megatron_patch.upstream.dry.arguments import model_config, settle_vocabulary, validated
 from megatron_patch.upstream.dry.coverage import Held, Position, merge
 from megatron_patch.upstream.dry.machine import (
     all_positions,
@@ -87,7 +87,7 @@ class _Blueprint:
     """How to build the model of any rank."""
 
     config: Any
-    """Megatron's GPTModelConfig."""
+    """Megatron's GPTModelConfig or HybridModelConfig."""
     any_attention: bool
     """Leave out the attention kernel, which has next to no parameters: the local one knows neither MLA nor CP."""
 
@@ -158,13 +158,12 @@ def dry_run(
 
 
 def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     asked = args.transformer_impl
     with megatrons_checks(), machine_meant():
         settle_vocabulary(args, notes)
-        config = gpt_config_from_args(args)
+        config = model_config(args)
         config.finalize()
         if config.should_pad_vocab:
             tp = args.tensor_model_parallel_size
@@ -198,14 +197,21 @@ def _build(blueprint: _Blueprint) -> list[Any]:
     """Return this rank's model chunks on the meta device, with the attributes Megatron gives parameters before DDP."""
     from megatron.core import tensor_parallel
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.ssm import mamba_mixer
     from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+
+    from megatron_patch.upstream.cpu.hybrid import local_submodules
 
     config = blueprint.config
     with contextlib.ExitStack() as stack:
         stack.enter_context(megatrons_checks())
+        # Nothing is drawn, and no generator for it is set up.
+        stack.enter_context(assigned(mamba_mixer, get_cuda_rng_tracker=lambda: _NoGenerator))
         if blueprint.any_attention:
             stack.enter_context(assigned(LocalSpecProvider, core_attention=lambda self: _Attention))
+            stack.enter_context(assigned(hybrid_stack_spec, submodules=local_submodules()))
         stack.enter_context(torch.device("meta"))
         chunks: list[Any] = build_virtual_pipeline_stages(
             config.get_builder_cls()(config).build_model,
@@ -216,6 +222,12 @@ def _build(blueprint: _Blueprint) -> list[Any]:
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return chunks
+
+
+class _NoGenerator:
+    """In the place of Megatron's tracker of random states."""
+
+    fork = contextlib.nullcontext
 
 
 class _Attention(torch.nn.Module):
@@ -327,6 +339,8 @@ def _whole_model(args: Any, settings: Settings, blueprint: _Blueprint) -> dict[s
         for owner in (transformer, args):
             if hasattr(owner, name):
                 setattr(owner, name, value)
+    if args.hybrid_layer_pattern:
+        config.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")  # where stages begin
     args.world_size = 1
     with process_groups(args, 0) as state:
         chunks = _build(replace(blueprint, config=config))

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_patch.config.deepspeed_file import plan_engine
 from megatron_patch.upstream.engine.build import build_engine
 from megatron_patch.upstream.engine.checkpoint import load, save
-from megatron_patch.upstream.engine.ds_config import plan_engine
 from megatron_patch.upstream.engine.model import EngineModel
 from megatron_patch.upstream.engine.optimizer import EngineOptimizer
 from megatron_patch.upstream.hooks import Hook, around

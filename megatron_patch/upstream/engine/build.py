@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.upstream.engine.ds_config import EnginePlan
+from megatron_patch.config.deepspeed_file import EnginePlan
 from megatron_patch.upstream.engine.model import EngineModel
 from megatron_patch.upstream.engine.optimizer import EngineOptimizer
 

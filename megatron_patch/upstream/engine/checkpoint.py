@@ -124,7 +124,8 @@ def _expecting_the_engines_files() -> Iterator[None]:
 def load(call: Callable[..., Any], load_dir: str | None, optimizer: EngineOptimizer) -> Any:
     """Load Megatron's files, and then the engine's; a collective call.
 
-    The param groups keep this run's values, which `check_checkpoint` has found to be the checkpoint's.
+    The param groups keep this run's values, which `check_checkpoint` has found to be the checkpoint's; gradients are
+    clipped as this run says, where DeepSpeed takes what was saved (0.19.8, stages 1 and 2).
 
     Args:
         call: Megatron's `load_checkpoint`.
@@ -162,6 +163,8 @@ def load(call: Callable[..., Any], load_dir: str | None, optimizer: EngineOptimi
     assert len(groups) == len(live)
     for group, values in zip(groups, live, strict=True):
         group.update(values)
+    if optimizer.plan.stage:
+        optimizer.engine.optimizer.clip_grad = optimizer.plan.clip
     _separate_steps(optimizer)
     return result
 

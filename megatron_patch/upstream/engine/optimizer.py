@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_patch.config.deepspeed_file import EnginePlan
 from megatron_patch.errors import AuditError
 from megatron_patch.metrics.views import MasterSlice
-from megatron_patch.upstream.engine.ds_config import EnginePlan
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.groups import schedule_key
 

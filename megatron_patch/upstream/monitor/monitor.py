@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.config import MetricsConfig, Settings
+from megatron_patch.config.pattern import pattern_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.metrics.meter import Meter
@@ -113,8 +114,10 @@ class AlignmentMonitor:
         routed = routed_layers(self._registry.rows)
         routers = [point for moe_layer, point in found.routers.items() if moe_layer in routed]
         self._meter = Meter(found.views, [*found.points, *routers], sublayers, self._registry, world, device)
+        self._pattern = pattern_of(vars(args))
         growths = {row.layer: row.update_rms for row in self._registry.rows}
-        self.forecast = NormForecast(self._param_groups(found.param_groups), self._weight_rms(), growths)
+        groups_of_layers = self._param_groups(found.param_groups)
+        self.forecast = NormForecast(groups_of_layers, self._weight_rms(), self._pattern, growths)
         self._reporter = self._make_reporter() if args.rank == args.world_size - 1 else None
 
     @property
@@ -190,6 +193,7 @@ class AlignmentMonitor:
                     args.iteration,
                     settings.reference_factor,
                     settings.reference_count,
+                    self._pattern,
                 )
         return Reporter(self._registry, self._lines_wanted, args.hidden_size, _log, files, alarm, self._means_wanted)
 

@@ -1,4 +1,4 @@
-"""Finds the attention and MLP blocks of Megatron's transformer layers, for their gain."""
+"""Finds the attention, MLP and Mamba blocks of Megatron's layers, for their gain."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +30,7 @@ def find_sublayers(
         config: the TransformerConfig.
         groups: Megatron's `parallel_state`.
     """
+    from megatron.core.ssm.mamba_layer import MambaLayer
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     monitored = {view.name: view for view in views}
@@ -40,9 +41,9 @@ def find_sublayers(
     for chunk in model:
         names = global_names(chunk, groups.get_expert_model_parallel_rank())
         for local_name, layer in chunk.named_modules():
-            if not isinstance(layer, TransformerLayer):
+            if not isinstance(layer, (TransformerLayer, MambaLayer)):
                 continue
-            for block in ("self_attention", "mlp"):
+            for block in ("self_attention", "mlp", "mixer"):
                 name = f"{names[local_name]}.{block}"
                 firsts = [v for n, v in monitored.items() if n.rpartition(".")[0] == name and _FIRST_LINEAR.search(n)]
                 if firsts:

@@ -135,6 +135,50 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(pool: Pool, tmp_path: Path
     assert "drop --deepspeed, or give another" in refused(pool, 2, [*RUN, *WARMUP, *engine, *load])
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_run_clips_as_it_says_itself(pool: Pool, tmp_path: Path, stage: int) -> None:
+    """As Megatron's optimizer does; DeepSpeed would go on with the largest norm of the run that saved."""
+    other = ["--clip-grad", "0.05"]
+    resumed = []
+    for name, engine in (("megatron", []), ("engine", ds_json(tmp_path, stage))):
+        (tmp_path / name).mkdir()
+        load = saved(pool, tmp_path / name, 2, *engine)
+        argv = [*RUN, *WARMUP, *engine, *other, *load]
+        resumed.append(pool.run(train, ranks=2, argv=argv, steps=STEPS, hooks=Watched())[0])
+    megatron, engines = resumed
+    assert min(megatron.grad_norms) > 0.5, "both values clip"
+    assert engines.losses == pytest.approx(megatron.losses, abs=1e-6)
+    for name, weights in megatron.extra[1].items():
+        if not name.endswith("linear_qkv.bias"):
+            assert np.linalg.norm(engines.extra[1][name] - weights) < 1e-5 * np.linalg.norm(weights), name
+
+
+KEPT = ("--save-interval", "2", "--save-retain-interval", "4", "--train-iters", str(STEPS))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_old_checkpoints_are_deleted_whole_and_a_chosen_one_is_loaded(pool: Pool, tmp_path: Path, stage: int) -> None:
+    """--save-retain-interval, --ckpt-step and --use-checkpoint-args, as with Megatron's own checkpoints."""
+    engine = ds_json(tmp_path, stage)
+    argv = [*RUN, *WARMUP, *engine, *KEPT, "--save", str(tmp_path / "save")]
+    whole = pool.run(train, ranks=2, argv=argv, steps=STEPS, hooks=Watched())[0]
+    kept = sorted(path.name for path in (tmp_path / "save").glob("iter_*"))
+    assert kept == ["iter_0000004", "iter_0000006"]
+    assert all((tmp_path / "save" / name / "deepspeed").is_dir() for name in kept)
+
+    # Nothing of the model, the rule or the warmup is given again.
+    shape = {"--num-layers", "--hidden-size", "--num-attention-heads", "--max-position-embeddings"}
+    rule = {"--width-scaling", "--base-hidden-size", "--vector-lr", "--extra-warmup"}
+    words = [*RUN, *WARMUP]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    assert shape | rule <= {flag for flag, _ in pairs}
+    rest = [word for flag, value in pairs if flag not in shape | rule for word in (flag, value)]
+    again = [*rest, *engine, "--train-iters", str(STEPS), "--load", str(tmp_path / "save"), "--ckpt-step", "4"]
+    resumed = pool.run(train, ranks=2, argv=[*again, "--use-checkpoint-args"], steps=STEPS, hooks=Watched())[0]
+    assert resumed.losses == whole.losses[4:]
+    assert resumed.extra[0] == whole.extra[0][4:]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("how", ["--finetune", "--no-load-optim"])
 def test_weights_alone_can_be_loaded(pool: Pool, tmp_path: Path, stage: int, how: str) -> None:

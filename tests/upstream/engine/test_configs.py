@@ -35,7 +35,7 @@ def planned(name: str, stage: str) -> tuple[int, str, int, str]:
     from megatron.training import arguments
 
     from megatron_patch.config.arguments import add_arguments
-    from megatron_patch.upstream.engine.ds_config import plan_engine
+    from megatron_patch.config.deepspeed_file import plan_engine
     from megatron_patch.upstream.flags import validate_around
 
     parser = add_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

@@ -138,9 +138,11 @@ class RoundRobin(Watched):
     """Lets the refusal of round_robin_gradients pass."""
 
     def before_arguments(self) -> None:
-        from megatron_patch.upstream.engine import ds_config
+        from megatron_patch.config import deepspeed_file, deepspeed_keys
 
-        del ds_config._ZERO_REFUSED["round_robin_gradients"]
+        key = "zero_optimization.round_robin_gradients"
+        deepspeed_file.REFUSED = {k: v for k, v in deepspeed_keys.REFUSED.items() if k != key}
+        deepspeed_keys.PASSED["zero_optimization"]["round_robin_gradients"] = "flag"
         super().before_arguments()
 
 
