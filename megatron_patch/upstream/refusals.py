@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+import torch
+
 from megatron_patch.config.optimizer import EMERGING, SHARD_BY_SHARD
 from megatron_patch.errors import ConfigError
 
@@ -160,40 +162,33 @@ TABLE: tuple[Refusal, ...] = (
     _second_path("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
     _second_shards("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
     _second_shards("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
+    Refusal(
+        "main_params_dtype",
+        "--main-params-dtype",
+        (None, "fp32", torch.float32),
+        Feature.METRICS,
+        "fp32 while metrics are on: from coarser weights no update can be measured",
+        "leave it out, or set --alignment-interval and --spectral-interval to 0",
+        applies=lambda settings: bool(settings.get("use_precision_aware_optimizer")),
+    ),
     _inexact("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), f"none: {_NO_HOOKS}"),
     _inexact("enable_cuda_graph", "--enable-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
     _inexact("external_cuda_graph", "--external-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
     _inexact("optimizer_cuda_graph", "--optimizer-cuda-graph", _OFF, "an optimizer step that Python sees"),
     _inexact("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", _OFF, "linear layers as modules"),
-    _inexact(
-        "num_distributed_optimizer_instances",
-        "--num-distributed-optimizer-instances",
-        (None, 1),
-        "1: several instances are not tested",
+    Refusal(
+        "moe_shared_expert_overlap",
+        "--moe-shared-expert-overlap",
+        _OFF,
+        Feature.METRICS,
+        "no --moe-shared-expert-gate beside it while metrics are on: overlapped, the gate is part of no module's call",
+        f"drop one of the two, {_DROP_METRICS.partition(', ')[2]}",
+        applies=lambda settings: bool(settings.get("moe_shared_expert_gate")),
     ),
-    _inexact(
-        "mtp_num_layers",
-        "--mtp-num-layers",
-        (None, 0),
-        "no multi-token prediction: it calls the LM head several times",
-    ),
-    _inexact("moe_shared_expert_overlap", "--moe-shared-expert-overlap", _OFF, "shared experts on the main stream"),
     _inexact(
         "overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", _OFF, "one microbatch at a time"
     ),
     _inexact("moe_single_grouped_weight", "--moe-single-grouped-weight", _OFF, "one weight per expert"),
-    _inexact(
-        "moe_pad_expert_input_to_capacity",
-        "--moe-pad-expert-input-to-capacity",
-        _OFF,
-        "experts without padding between their tokens",
-    ),
-    _inexact(
-        "moe_router_padding_for_quantization",
-        "--moe-router-padding-for-quantization",
-        _OFF,
-        "experts that get only the tokens routed to them",
-    ),
     Refusal(
         "moe_token_dispatcher_type",
         "--moe-token-dispatcher-type",
