@@ -20,7 +20,7 @@ from megatron_patch.config import BASE_DIMENSIONS, Settings, WarmupConfig, Width
 from megatron_patch.config import metrics as config_metrics
 from megatron_patch.config import warmup as config_warmup
 from megatron_patch.config import width as config_width
-from megatron_patch.errors import ConfigError
+from megatron_patch.errors import ConfigError, ConfigErrors
 from megatron_patch.theory.width import ROLES, RULES, Rule, multipliers
 from megatron_patch.upstream import flags, refusals
 from tests.support.flags import parser
@@ -762,7 +762,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 @settings(deadline=None)
 @given(command_lines(), MEGATRON)
-def test_any_combination_is_accepted_or_refused_in_one_line(argv: list[str], megatron: dict[str, Any]) -> None:
+def test_any_combination_is_accepted_or_refused_in_a_line_each(argv: list[str], megatron: dict[str, Any]) -> None:
     arguments = namespace(argv, **megatron)
     refused = None
     try:
@@ -770,10 +770,11 @@ def test_any_combination_is_accepted_or_refused_in_one_line(argv: list[str], meg
     except ConfigError as error:
         refused = error
     if refused:
-        assert refused.flag.split("/")[0].split()[0] in {*FLAGS, *MEGATRONS}
-        assert "\n" not in str(refused)
-        assert refused.expected
-        assert refused.fix
+        for error in refused.errors if isinstance(refused, ConfigErrors) else (refused,):
+            assert error.flag.split("/")[0].split()[0] in {*FLAGS, *MEGATRONS}
+            assert "\n" not in str(error)
+            assert error.expected
+            assert error.fix
         return
     # What is accepted can be computed with: every factor is a finite number, and no learning rate is zero.
     width = accepted.width
