@@ -11,6 +11,7 @@ from tests.support.building import Builder
 from tests.support.emerging import needs_emerging_optimizers
 from tests.support.param_groups import MODELS
 from tests.support.pool import Pool
+from tests.support.training import TINY, Patched, train
 
 pytestmark = needs_emerging_optimizers
 DUPLICATED = "--tensor-model-parallel-size 2 --sequence-parallel --muon-tp-mode duplicated"
@@ -165,3 +166,30 @@ def test_the_layer_wise_optimizer_on_data_parallel_ranks(pool: Pool, tmp_path: P
     assert matrices and all(len(held[name]) == 1 for name in matrices)
     assert len({tuple(sorted(values)) for values, _ in together}) > 1
     assert together[0][1]["parameters"] == file["parameters"]
+
+
+RESUMED = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --ffn-hidden-size 96 "
+    "--position-embedding-type rope --weight-decay 0.1 --train-iters 4 --save-interval 2 "
+    "--width-scaling sqrt --base-hidden-size 8 --extra-warmup decay-away"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "--optimizer muon"),
+        (1, "--optimizer lion"),
+        (2, "--optimizer muon --bf16 --use-distributed-optimizer"),
+        (2, f"--optimizer muon --muon-scale-mode unit_rms_norm {DUPLICATED}"),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_is_the_uninterrupted_one(pool: Pool, tmp_path: Path, ranks: int, flags: str) -> None:
+    """Audited after the load; the same losses and weights to the last bit."""
+    argv = [*TINY, *RESUMED, *flags.split()]
+    whole = pool.run(train, ranks=ranks, argv=[*argv, "--save", str(tmp_path / "whole")], steps=4, hooks=Patched())
+    folder = str(tmp_path / "parts")
+    pool.run(train, ranks=ranks, argv=[*argv, "--save", folder], steps=2, hooks=Patched())
+    again = pool.run(train, ranks=ranks, argv=[*argv, "--save", folder, "--load", folder], steps=4, hooks=Patched())
+    assert again[0].losses == whole[0].losses[2:]
+    assert again[0].checksums == whole[0].checksums
