@@ -309,7 +309,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "a regular expression",
         "correct it",
     ),
-    (SQRT, {"optimizer": "muon"}, "--optimizer muon", "adam with width scaling", "use --optimizer adam"),
+    (SQRT, {"optimizer": "sgd"}, "--optimizer sgd", "adam, muon, soap or lion with width scaling", "use one of these"),
     (
         SQRT,
         {"decoupled_weight_decay": False},
@@ -504,7 +504,7 @@ def test_megatrons_own_mup_alone_is_none_of_our_business(megatron: dict[str, Any
 @pytest.mark.parametrize(
     "megatron",
     [
-        {"optimizer": "muon"},
+        {"optimizer": "sgd"},
         {"lr": None},
         {"use_megatron_fsdp": True},
         {"decoupled_lr": 0.1},

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_patch.config.engine import EngineConfig
 from megatron_patch.config.metrics import MetricsConfig
+from megatron_patch.config.optimizer import OptimizerChoice
 from megatron_patch.config.options import option, options_of, read
 from megatron_patch.config.warmup import WarmupConfig
 from megatron_patch.config.width import WidthConfig
@@ -49,7 +50,10 @@ class Settings:
         """
         mup = bool(arguments.get("use_mup"))
         width = WidthConfig(
-            **read(WidthConfig, arguments), megatrons_mup=mup, megatrons_base=arguments.get("mup_base_hidden_size")
+            **read(WidthConfig, arguments),
+            megatrons_mup=mup,
+            megatrons_base=arguments.get("mup_base_hidden_size"),
+            optimizer=OptimizerChoice.of(arguments),
         )
         if mup and width.rule != "none":
             # Megatron's own muP never scales the LM head and always scales eps.

@@ -1,10 +1,12 @@
 """How LR, weight decay, eps and initial weights depend on width: the flags, and what contradicts what."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from megatron_patch.config.optimizer import OptimizerChoice
 from megatron_patch.config.options import check_choices, flag, option, options
 from megatron_patch.errors import ConfigError
+from megatron_patch.theory.updates import rule_under
 from megatron_patch.theory.width import RULES, Rule, rule
 
 WIDTH_RULES = (*RULES, "custom")
@@ -58,6 +60,8 @@ class WidthConfig:
     """Megatron's own --use-mup."""
     megatrons_base: int | None = None
     """Its --mup-base-hidden-size."""
+    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
+    """Its --optimizer."""
 
     @property
     def active(self) -> bool:
@@ -89,11 +93,16 @@ class WidthConfig:
     def trained_by(self) -> Callable[[str], Rule]:
         """Return which rule each linear layer is trained by, Megatron's own --use-mup included, by the layer's name.
 
+        Under Muon the rule has the exponents of a layer that grows with the width in both directions.
+
         Raises:
             KeyError: a rule that this version does not know.
         """
         matrices = RULES["standard"] if self.mup_alone else self.scaling
         output = RULES["none"] if self.megatrons_mup or not self.scale_output_layer else matrices
+        if self.mup_alone and self.optimizer.name == "muon":
+            matrices = RULES["none"]  # Megatron's muP leaves the matrices that Muon trains alone
+        matrices = rule_under(matrices, self.optimizer.of_matrices)
         return lambda layer: output if layer.startswith("output_layer") else matrices
 
     def validate(self, warmup: bool = False) -> None:

@@ -184,14 +184,12 @@ def groups(parameters: Sequence["Held"]) -> list[dict[str, Any]]:
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for held in parameters:
-        key = tuple(held.values[name] for name in ("class", "m", "lr", "weight_decay", "eps"))
-        group = found.setdefault(
-            key,
-            dict(zip(("class", "m", "lr", "weight_decay", "eps"), key, strict=True)) | {"parameters": 0, "numel": 0},
-        )
+        names = ("class", "m", "lr", "weight_decay", "eps", "optimizer")
+        key = tuple(held.values[name] for name in names)
+        group = found.setdefault(key, dict(zip(names, key, strict=True)) | {"parameters": 0, "numel": 0})
         group["parameters"] += 1
         group["numel"] += math.prod(held.spec.shape)
-    return [found[key] for key in sorted(found)]
+    return [found[key] for key in sorted(found, key=lambda key: (*key[:4], key[4] or 0.0, key[5]))]
 
 
 # --- terminal --------------------------------------------------------------------------------------------------------
@@ -223,10 +221,14 @@ def show(dry: "DryRun", steps: "Schedule | None", future: "Outlook") -> None:
         console.print(found)
 
     rows = []
+    several = dry.args.optimizer not in ("adam", "sgd")
     for g in groups(dry.parameters):
-        numbers = (g["m"], g["lr"], g["weight_decay"], g["lr"] * g["weight_decay"], g["eps"])
-        rows.append([g["class"], *(f"{x:.5g}" for x in numbers), f"{g['parameters']:,}", f"{g['numel']:,}"])
-    columns = ("class", "m", "lr", "weight decay", "lr * wd", "eps", "tensors", "weights")
+        numbers = (g["m"], g["lr"], g["weight_decay"], g["lr"] * g["weight_decay"])
+        eps = "-" if g["eps"] is None else f"{g['eps']:.5g}"
+        trainer = [g["optimizer"]] if several else []
+        counted = (f"{g['parameters']:,}", f"{g['numel']:,}")
+        rows.append([g["class"], *(f"{x:.5g}" for x in numbers), eps, *trainer, *counted])
+    columns = ("class", "m", "lr", "weight decay", "lr * wd", "eps", *["optimizer"] * several, "tensors", "weights")
     table("What each class is trained with, at the peak", rows, *columns)
     columns = ("parameter", "number", "shape", "class", "m", "lr", "weight decay", "why")
     table("Each parameter", _parameter_rows(dry), *columns)
@@ -281,7 +283,7 @@ def _parameter_rows(dry: "DryRun") -> list[list[str]]:
 
 def why(held: "Held", dry: "DryRun") -> str:
     """Return in a few words where a parameter's LR and weight decay come from."""
-    width, (a, b), spec = dry.settings.width, dry.table["exponents"], held.spec
+    width, spec, rule = dry.settings.width, held.spec, dry.settings.width.scaling
     if spec.role in ("embedding", "vector"):
         lr = "--vector-lr" if width.vector_lr is not None else "base lr"
         if spec.role == "embedding" and width.embedding_weight_decay is not None:
@@ -294,4 +296,11 @@ def why(held: "Held", dry: "DryRun") -> str:
         return f"{origin}, Megatron's --use-mup" if spec.role == "matrix" else "not scaled by Megatron's --use-mup"
     if dry.table["rule"] == "none" or (spec.role == "output" and not width.scale_output_layer):
         return "base lr, base decay"
-    return f"{origin}: lr{_power(-a)}, {'wd' + _power(b) if held.values['weight_decay'] else 'no decay'}"
+    if held.values["optimizer"] == "muon" and rule.follows_updates:
+        base_fan_out = spec.shape[0] if spec.base_fan_out is None else spec.base_fan_out
+        factors = f"lr * {held.values['lr'] / dry.args.lr:.4g}"
+        if held.values["weight_decay"]:
+            factors += f", wd * {held.values['weight_decay'] / dry.args.end_weight_decay:.4g}"
+        return f"{spec.shape[0]} x {origin}, base fan-out {base_fan_out:g}, {width.optimizer.muon_scale}: {factors}"
+    decay = "wd" + _power(rule.wd_exponent) if held.values["weight_decay"] else "no decay"
+    return f"{origin}: lr{_power(-rule.lr_exponent)}, {decay}"

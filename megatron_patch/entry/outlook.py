@@ -16,6 +16,7 @@ from megatron_patch.config.pattern import depth
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import RUN_JSON, RunJson
 from megatron_patch.theory.equilibrium import momentum_update_rms, steps_to_equilibrium, trajectory_of_stretches
+from megatron_patch.theory.updates import accumulated_update_rms, update_rms
 from megatron_patch.upstream.dry.coverage import Held
 from megatron_patch.upstream.dry.run import DryRun
 from megatron_patch.upstream.dry.schedule import Schedule
@@ -55,6 +56,9 @@ class Matrix:
     """RMS of its initial entries."""
     base_rms: float
     """The same in the base model."""
+    update_rms: float = 1.0
+    """b, by which the optimizer's updates let the weights grow; that of one step is smaller by the momentum's part."""
+    base_update_rms: float = 1.0
 
     @property
     def name(self) -> str:
@@ -71,6 +75,9 @@ def outlook(dry: DryRun, steps: Schedule) -> Outlook:
     warnings = [*product(dry, matrices), *megatrons_mup(dry, matrices), *floor(dry), *shapes(dry), *unknown_layers(dry)]
     if not matrices or not steps.lr:
         return Outlook((), (), tuple(warnings))
+    if dry.args.optimizer not in ("adam", "sgd", "muon"):
+        note = f"no prediction of relative updates: how far {dry.args.optimizer} lets weights grow is not known"
+        return Outlook((), (note,), tuple(warnings))
     warnings += slow_equilibrium(matrices, steps.steps)
     largest = max(matrices, key=lambda matrix: (matrix.role == "matrix", matrix.size))
     lrs, decays = steps.groups[largest.lr, largest.weight_decay]
@@ -85,8 +92,10 @@ def outlook(dry: DryRun, steps: Schedule) -> Outlook:
         )
         return Outlook((), (), tuple(warnings))
     times = steps.times
-    run = [s.relative_update for s in trajectory_of_stretches(times, [*zip(lrs, decays, strict=True)], largest.rms)]
-    base = [*trajectory_of_stretches(times, [*zip(base_lrs, steps.weight_decay, strict=True)], largest.base_rms)]
+    schedule, base_schedule = [*zip(lrs, decays, strict=True)], [*zip(base_lrs, steps.weight_decay, strict=True)]
+    course = trajectory_of_stretches(times, schedule, largest.rms, largest.update_rms)
+    run = [step.relative_update for step in course]
+    base = [*trajectory_of_stretches(times, base_schedule, largest.base_rms, largest.base_update_rms)]
     warnings += edges(largest, lrs, run, steps)
     warnings += implicit_warmup(dry, largest, base_lrs, steps, [step.rho for step in base])
     at = bisect.bisect_right(times, max(0, math.ceil(END * steps.steps) - 1)) - 1
@@ -119,7 +128,13 @@ def _matrix(held: Held, dry: DryRun) -> Matrix:
         if args.use_mup:
             rms /= math.sqrt(spec.m)
     lr, weight_decay = held.values["lr"], held.values["weight_decay"]
-    return Matrix(spec.role, spec.m, math.prod(spec.shape), lr, weight_decay, rms, base_rms)
+    b = base_b = 1.0
+    if held.values["optimizer"] == "muon":
+        scale, fan_out = dry.settings.width.optimizer.muon_scale, spec.shape[0]
+        b = base_b = args.muon_extra_scale_factor * accumulated_update_rms(args.muon_momentum)
+        b *= update_rms(scale, fan_out, spec.fan_in)
+        base_b *= update_rms(scale, spec.base_fan_out or fan_out, spec.base_fan_in)
+    return Matrix(spec.role, spec.m, math.prod(spec.shape), lr, weight_decay, rms, base_rms, b, base_b)
 
 
 # --- from the numbers alone ------------------------------------------------------------------------------------------
@@ -217,7 +232,7 @@ def unknown_layers(dry: DryRun) -> Iterator[str]:
 def slow_equilibrium(matrices: Sequence[Matrix], steps: int) -> Iterator[str]:
     """T_EQ, the time to come within sqrt(2) of the equilibrium weight norm, exceeds the run."""
     times = [
-        (steps_to_equilibrium(matrix.rms, matrix.lr, matrix.weight_decay), matrix.name)
+        (steps_to_equilibrium(matrix.rms, matrix.lr, matrix.weight_decay, matrix.update_rms), matrix.name)
         for matrix in matrices
         if 0 < matrix.lr * matrix.weight_decay < 1
     ]
@@ -241,7 +256,8 @@ def edges(matrix: Matrix, lrs: Sequence[float], updates: Sequence[float], steps:
             f"LR at its upper edge: the update of {matrix.name} at step {steps.times[updates.index(top)]:,} is "
             f"predicted to be {top:.2g} of the weights themselves; lower --lr or lengthen the warmup"
         )
-    moved = math.sqrt(sum(length * lr**2 for length, lr in zip(steps.lengths(), lrs, strict=True))) / matrix.rms
+    moved = math.sqrt(sum(length * lr**2 for length, lr in zip(steps.lengths(), lrs, strict=True)))
+    moved *= matrix.update_rms / matrix.rms
     if moved < SMALLEST_MOVE:
         yield (
             f"LR at its lower edge: all updates of {matrix.name} together are predicted to be {moved:.2g} of its "
@@ -258,11 +274,12 @@ def implicit_warmup(
     rule changes eta*lambda it ends at the square root of that change, by which it is divided here.
     """
     lr, decay = matrix.lr / dry.args.lr, matrix.weight_decay / (dry.args.end_weight_decay or 1.0)
+    grows = matrix.update_rms / matrix.base_update_rms
     if matrix.m == 1 or not matrix.weight_decay or (lr, decay) == (1.0, 1.0):
         return
     plain = [(eta * lr, weight * decay) for eta, weight in zip(base_lrs, steps.weight_decay, strict=True)]
-    rho = [step.rho for step in trajectory_of_stretches(steps.times, plain, matrix.rms)]
-    ratios = [lr * theirs / ours / math.sqrt(lr * decay) for theirs, ours in zip(base_rho, rho, strict=True)]
+    rho = [step.rho for step in trajectory_of_stretches(steps.times, plain, matrix.rms, matrix.update_rms)]
+    ratios = [lr * grows * theirs / ours / math.sqrt(lr * decay) for theirs, ours in zip(base_rho, rho, strict=True)]
     below = [t for t, ratio in enumerate(ratios) if ratio < math.sqrt(0.5)]
     if not below:
         return
@@ -289,9 +306,13 @@ def different_end(matrix: Matrix, run: float, base: float, at: int) -> Iterator[
 
 def _prediction(dry: DryRun, matrix: Matrix, updates: Sequence[float], at: int, times: Sequence[int]) -> str:
     top, end = max(updates), updates[at]
-    noise = momentum_update_rms(dry.args.adam_beta1)
+    args = dry.args
+    name, beta, symbol = "AdamW", args.adam_beta1, "beta1"
+    if args.optimizer == "muon" and matrix.role == "matrix":
+        name, beta, symbol = "Muon", args.muon_momentum, "momentum"
+    noise = momentum_update_rms(beta)  # of Muon's, 1 over `accumulated_update_rms`, which is the same number
     return (
         f"predicted relative update of {matrix.name}: {top:.3g} at its largest (step {times[updates.index(top)]:,}), "
-        f"{end:.3g} at the end (step {times[at]:,}); one measured AdamW step shows {noise:.2g} of that where the "
-        f"gradient is mostly noise (beta1 {dry.args.adam_beta1:g})"
+        f"{end:.3g} at the end (step {times[at]:,}); one measured {name} step shows {noise:.2g} of that where the "
+        f"gradient is mostly noise ({symbol} {beta:g})"
     )

@@ -23,7 +23,9 @@ class Parameter:
     m: float
     lr: float
     weight_decay: float
-    eps: float
+    eps: float | None
+    """None: its optimizer has none."""
+    optimizer: str = "adam"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class HyperparameterTable:
                     str(p["name"]),
                     str(p["class"]),
                     tuple(int(n) for n in p["shape"]),
-                    *(float(p[key]) for key in ("m", "lr", "weight_decay", "eps")),
+                    m=float(p["m"]),
+                    lr=float(p["lr"]),
+                    weight_decay=float(p["weight_decay"]),
+                    eps=None if p["eps"] is None else float(p["eps"]),
+                    optimizer=str(p.get("optimizer", "adam")),
                 )
                 for p in content["parameters"]
             )

@@ -143,7 +143,7 @@ def equilibrium_line(line: Line, forecast: NormForecast, hidden_size: int) -> Li
             weight_rms=weight_rms(line["weight_norm"], line["fan_in"], line["fan_out"]),
             predicted_weight_rms=rms,
             relative_update=line["relative_update"],
-            predicted_relative_update=lr / rms if rms and lr > 0 else None,
+            predicted_relative_update=forecast.relative_update(line["layer"], lr),
             equilibrium_relative_update=equilibrium.equilibrium_relative_update(lr, weight_decay) if decays else None,
             normalised_top_singular_value=None if top is None or scale is None else top / scale,
         )

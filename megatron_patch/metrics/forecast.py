@@ -11,21 +11,29 @@ from megatron_patch.theory.equilibrium import decay_per_step, next_rho
 class NormForecast:
     """Predicts the RMS of every monitored weight from its initial RMS and the learning rates and decays since then.
 
-    The recurrence `rho_{t+1}^2 = (1 - eta_t lambda_t)^2 rho_t^2 + eta_t^2` is linear in rho^2, so all layers of a param
-    group share two numbers: `rho_t = sqrt((shrink * rho_0)^2 + growth^2)`. A step costs a few float operations a group.
+    The recurrence `rho_{t+1}^2 = (1 - eta_t lambda_t)^2 rho_t^2 + b^2 eta_t^2` is linear in rho^2, so all layers of a
+    param group share two numbers: `rho_t = sqrt((shrink * rho_0)^2 + (b * growth)^2)`. A step costs a few float
+    operations a group.
 
     Args:
         group_of: param group of every layer, by a key that all ranks share.
         initial_rms: RMS of the entries of every layer's weight at the start.
+        update_rms: b of every layer, the RMS of its updates at a learning rate of 1; 1 where a layer is not in it. None
+            for a layer whose updates have no known size: nothing is predicted for it.
         pattern: of a hybrid model, which may go on from the checkpoint of a GPT, where its layers have other names.
 
     Source: arXiv 2510.19093, eq. 30.
     """
 
     def __init__(
-        self, group_of: Mapping[str, str], initial_rms: Mapping[str, float], pattern: str | None = None
+        self,
+        group_of: Mapping[str, str],
+        initial_rms: Mapping[str, float],
+        pattern: str | None = None,
+        update_rms: Mapping[str, float | None] | None = None,
     ) -> None:
         self._pattern = pattern
+        self._update_rms = dict(update_rms or {})
         self._group_of = dict(group_of)
         self._initial_rms = dict(initial_rms)
         self._factors = dict.fromkeys(group_of.values(), (1.0, 0.0))
@@ -43,10 +51,16 @@ class NormForecast:
 
     def weight_rms(self, layer: str) -> float | None:
         """Return the predicted RMS of a layer's weight before the coming step; None for a layer that is not tracked."""
-        if layer not in self._initial_rms:
+        b = self._update_rms.get(layer, 1.0)
+        if layer not in self._initial_rms or b is None:
             return None
         shrink, growth = self._factors[self._group_of[layer]]
-        return math.hypot(shrink * self._initial_rms[layer], growth)
+        return math.hypot(shrink * self._initial_rms[layer], b * growth)
+
+    def relative_update(self, layer: str, lr: float) -> float | None:
+        """Return the predicted relative update of the coming step, `b eta / rho`; None where nothing is predicted."""
+        rms, b = self.weight_rms(layer), self._update_rms.get(layer, 1.0)
+        return b * lr / rms if rms and b is not None and lr > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, the same on every rank, for a checkpoint."""

@@ -150,7 +150,8 @@ class Meter:
             self._weight_sums()
             if spectral:
                 for top in self._spectral.measure():
-                    if group_rank(top.view.data_group) == 0 and group_rank(top.view.shard_group) == 0:
+                    view = top.view
+                    if group_rank(view.data_group) == 0 and group_rank(view.shard_group) == 0 and view.replica == 0:
                         self._add(top.view, "top_singular_value", top.values)
                         self._add(top.view, "top_singular_value_error", top.errors)
             if alignment:

@@ -1,7 +1,8 @@
 """The hooks that catch the inputs of linear layers for the sampled tokens.
 
-Hooks exist only between `Probes.attach` and `Probes.detach`, that is in measured iterations, and each takes the first
-call of its module: the first microbatch, whatever the schedule; a recomputation in the backward pass comes later.
+Hooks exist only between `Probes.attach` and `Probes.detach`, that is in measured iterations, and each takes the call of
+its module that it is meant for, which is in the first microbatch, whatever the schedule; a recomputation in the
+backward pass comes later.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,13 @@ class Probes:
         self._handles = {}
 
     def _register(self, key: int, point: CapturePoint, sample: Sample) -> torch.utils.hooks.RemovableHandle:
+        calls = 0
+
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls <= point.call:
+                return
             # Removing a hook from within itself is allowed; the module then runs at full speed again.
             if key in self._handles:
                 self._handles.pop(key).remove()

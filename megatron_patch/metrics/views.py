@@ -44,6 +44,8 @@ class Row:
     """Width multiplier of the layer."""
     mean: str | None = None
     """Name of the line that averages this one over the experts; None outside mixture-of-experts layers."""
+    update_rms: float | None = 1.0
+    """b of the norm recurrence (arXiv 2510.19093, eq. 30), 1 under AdamW; None: not known for this optimizer."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class LinearView:
     """Whether the captured tokens are split over `shard_group` (sequence parallelism)."""
     block_diagonal: bool = False
     """Whether each of the P parts reads a stretch of the inputs of its own, [B, P C_loc], as a grouped convolution."""
+    replica: int = 0
+    """Which of several holders of the whole weight `data_group` is, each with other tokens; sums over it count at 0."""
     gathered_shape: tuple[int, int] | None = None
     """Shape of the weight where `weight` is a collective call over `data_group`, whose ranks hold a part each (ZeRO 3);
     None where every rank holds it."""
@@ -100,12 +104,12 @@ class LinearView:
     def owns_first_entry(self) -> bool:
         """Whether this rank, and no other, speaks for the whole weight: reports its LR, say."""
         first = self.master.start == 0 < self.master.stop if self.master.sharded else group_rank(self.data_group) == 0
-        return first and group_rank(self.shard_group) == 0
+        return first and group_rank(self.shard_group) == 0 and self.replica == 0
 
     @property
     def counts_own_weight(self) -> bool:
         """Whether sums over this rank's shard of W are not also computed by a peer in `shard_group`."""
-        return self.kind != "replicated" or group_rank(self.shard_group) == 0
+        return self.replica == 0 and (self.kind != "replicated" or group_rank(self.shard_group) == 0)
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,12 @@ Extract = Callable[[Sample, tuple[Any, ...], dict[str, Any], Any], Mapping[str, 
 
 @dataclass(frozen=True, eq=False)
 class CapturePoint:
-    """A module whose first forward call of a measured step shows the inputs of some layers."""
+    """A module of which one forward call of the first microbatch of a measured step shows the inputs of some layers."""
 
     module: torch.nn.Module
     extract: Extract
+    call: int = 0
+    """Which one: a module may be called more than once in a forward pass (an LM head by multi-token prediction)."""
 
 
 @dataclass(frozen=True, eq=False)

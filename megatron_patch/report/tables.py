@@ -112,7 +112,7 @@ def rule_text(run: Run) -> str:
 
 def class_table(run: Run) -> Table:
     """Return one row for all parameters that share class, m, LR, weight decay and eps."""
-    groups: dict[tuple[str, float, float, float, float], list[int]] = {}
+    groups: dict[tuple[str, float, float, float, float | None], list[int]] = {}
     for p in run.hyperparameters.parameters if run.hyperparameters else ():
         groups.setdefault((p.role, p.m, p.lr, p.weight_decay, p.eps), []).append(math.prod(p.shape))
     rows = tuple(
@@ -122,7 +122,7 @@ def class_table(run: Run) -> Table:
             exact(len(sizes)),
             Cell(f"{sum(sizes):,}", sum(sizes)),
         )
-        for (role, *numbers), sizes in sorted(groups.items())
+        for (role, *numbers), sizes in sorted(groups.items(), key=lambda item: (*item[0][:4], item[0][4] or 0.0))
     )
     return Table(("class", "m", "peak LR", "weight decay", "eps", "tensors", "parameters"), rows)
 

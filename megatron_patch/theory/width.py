@@ -26,6 +26,11 @@ class Rule:
     embedding_decays: bool = True
     """False: embeddings have zero weight decay although matrices decay."""
 
+    @property
+    def follows_updates(self) -> bool:
+        """Whether the exponents are AdamW's, and others follow under another optimizer: see `theory.updates`."""
+        return self.name not in ("none", "custom")
+
 
 RULES: dict[str, Rule] = {
     rule.name: rule
@@ -72,6 +77,8 @@ class ParamSpec:
     """Fan-in of the same parameter in the base model; need not be whole where it follows the hidden sizes' ratio."""
     dimension: str | None = None
     """The config dimension that is this fan-in, e.g. ``ffn_hidden_size``."""
+    base_fan_out: float | None = None
+    """First dimension of the same parameter in the base model, where it is known to differ from this one's."""
 
     @property
     def m(self) -> float:

@@ -156,6 +156,7 @@ def _refuse_together(settings: Settings, args: Any) -> None:
     """
     features = {
         Feature.ANY: settings.active,
+        Feature.RULE: settings.width.rule != "none",
         Feature.METRICS: settings.metrics.active,
         Feature.ENGINE: settings.engine.active,
     }

@@ -10,6 +10,7 @@ from megatron_patch.files.hyperparameters_json import HYPERPARAMETERS_JSON
 from megatron_patch.files.run_json import TEST, VALIDATION, RunRecord, Status
 from megatron_patch.files.whole import write_json
 from megatron_patch.metrics.writers import log_scalars
+from megatron_patch.theory.updates import rule_under
 from megatron_patch.upstream.ranks import collectively, gather, whereabouts
 from megatron_patch.upstream.width.audit import live_groups
 from megatron_patch.upstream.width.classes import live_values, parameter_classes, summary
@@ -24,7 +25,7 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
         AuditError: a parameter that no rank trains, or replicas of one that are trained differently.
     """
     specs = {id(p.parameter): p.spec for p in plan.parameters}
-    live: dict[str, dict[str, float]] = {}
+    live: dict[str, dict[str, Any]] = {}
     for group, parameters in live_groups(optimizer):
         for parameter in parameters:
             name = specs[id(parameter)].name
@@ -32,8 +33,9 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
                 "lr": group["max_lr"],
                 "weight_decay": group["wd_mult"] * plan.weight_decay,
                 "eps": group.get("eps", plan.hyperparameters[name].eps),
+                "optimizer": group.get("optimizer", plan.optimizer.name),
             }
-    merged: dict[str, dict[str, float]] = {}
+    merged: dict[str, dict[str, Any]] = {}
     first: dict[str, str] = {}
     """Where the values of each parameter were read."""
     described: dict[str, Any] = {}
@@ -46,12 +48,12 @@ def hyperparameter_table(plan: Plan, optimizer: Any) -> dict[str, Any]:
     missing = sorted(set(described) - set(merged))
     if missing:
         raise AuditError(f"{missing[0]} is in no param group of any rank: the optimizer does not train it")
-    width = plan.width
+    width, rule = plan.width, rule_under(plan.rule, plan.optimizer.of_matrices)
     return {
-        "rule": plan.rule.name,
-        "exponents": [plan.rule.lr_exponent, plan.rule.wd_exponent],
+        "rule": rule.name,
+        "exponents": [rule.lr_exponent, rule.wd_exponent],
         "base": {"hidden_size": width.base_hidden_size, **width.base_dimensions},
-        "source": plan.rule.source,
+        "source": rule.source,
         "parameters": [
             {
                 "name": name,

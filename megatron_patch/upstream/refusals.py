@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+import torch
+
+from megatron_patch.config.optimizer import EMERGING, SHARD_BY_SHARD
 from megatron_patch.errors import ConfigError
 
 
@@ -14,6 +17,8 @@ class Feature(Enum):
     ANY = auto()
     """Whatever changes or measures a run: width scaling, an extra warmup, metrics."""
     METRICS = auto()
+    RULE = auto()
+    """A rule for LR and weight decay across width."""
     ENGINE = auto()
     """DeepSpeed's engine."""
     CPU = auto()
@@ -58,6 +63,12 @@ def refused(feature: Feature, settings: Mapping[str, Any]) -> list[ConfigError]:
 
 
 _OFF = (None, False)
+
+
+def _splits_matrices(settings: Mapping[str, Any]) -> bool:
+    return max(settings.get(name) or 1 for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size")) > 1
+
+
 _DROP_METRICS = "drop it, or set --alignment-interval and --spectral-interval to 0"
 
 
@@ -101,11 +112,42 @@ TABLE: tuple[Refusal, ...] = (
     Refusal(
         "optimizer",
         "--optimizer",
-        ("adam",),
+        ("adam", "dist_muon", *EMERGING),
         Feature.ANY,
-        "adam with width scaling, extra warmups or metrics: the rules are derived for AdamW"
-        " and Muon-like optimizers carry width factors of their own",
-        "use --optimizer adam or drop the width-transfer flags",
+        f"adam, {', '.join(EMERGING[:-1])} or {EMERGING[-1]} with width scaling, extra warmups or metrics: how others"
+        " scale their updates is not known",
+        "use one of these or drop the width-transfer flags",
+    ),
+    Refusal(
+        "muon_tp_mode",
+        "--muon-tp-mode",
+        ("duplicated", "distributed"),
+        Feature.RULE,
+        "duplicated or distributed with a width rule and tensor parallelism: blockwise, Megatron's default, scales the"
+        " update by the shape of a shard, so that it would depend on how the weights are split",
+        "add --muon-tp-mode duplicated",
+        applies=lambda settings: str(settings.get("optimizer")).endswith("muon") and _splits_matrices(settings),
+    ),
+    Refusal(
+        "optimizer",
+        "--optimizer",
+        ("adam", *(name for name in EMERGING if name not in SHARD_BY_SHARD), "muon", "dist_muon"),
+        Feature.RULE,
+        "no tensor parallelism with a width rule: it preconditions each shard by itself, so that its update depends on"
+        " how the weights are split",
+        "set --tensor-model-parallel-size 1, or use --optimizer muon --muon-tp-mode duplicated",
+        applies=lambda settings: _splits_matrices(settings),
+    ),
+    Refusal(
+        "use_layer_wise_distributed_optimizer",
+        "--use-distributed-optimizer",
+        _OFF,
+        Feature.ANY,
+        "--bf16 beside it with this optimizer: in fp32 Megatron 0.19's layer-wise distributed optimizer fails at the"
+        " first step (its parts have no get_loss_scale)",
+        "add --bf16, or drop the flag",
+        got="in fp32",
+        applies=lambda settings: not settings.get("bf16"),
     ),
     Refusal(
         "decoupled_weight_decay",
@@ -120,40 +162,33 @@ TABLE: tuple[Refusal, ...] = (
     _second_path("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
     _second_shards("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
     _second_shards("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
+    Refusal(
+        "main_params_dtype",
+        "--main-params-dtype",
+        (None, "fp32", torch.float32),
+        Feature.METRICS,
+        "fp32 while metrics are on: from coarser weights no update can be measured",
+        "leave it out, or set --alignment-interval and --spectral-interval to 0",
+        applies=lambda settings: bool(settings.get("use_precision_aware_optimizer")),
+    ),
     _inexact("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), f"none: {_NO_HOOKS}"),
     _inexact("enable_cuda_graph", "--enable-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
     _inexact("external_cuda_graph", "--external-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
     _inexact("optimizer_cuda_graph", "--optimizer-cuda-graph", _OFF, "an optimizer step that Python sees"),
     _inexact("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", _OFF, "linear layers as modules"),
-    _inexact(
-        "num_distributed_optimizer_instances",
-        "--num-distributed-optimizer-instances",
-        (None, 1),
-        "1: several instances are not tested",
+    Refusal(
+        "moe_shared_expert_overlap",
+        "--moe-shared-expert-overlap",
+        _OFF,
+        Feature.METRICS,
+        "no --moe-shared-expert-gate beside it while metrics are on: overlapped, the gate is part of no module's call",
+        f"drop one of the two, {_DROP_METRICS.partition(', ')[2]}",
+        applies=lambda settings: bool(settings.get("moe_shared_expert_gate")),
     ),
-    _inexact(
-        "mtp_num_layers",
-        "--mtp-num-layers",
-        (None, 0),
-        "no multi-token prediction: it calls the LM head several times",
-    ),
-    _inexact("moe_shared_expert_overlap", "--moe-shared-expert-overlap", _OFF, "shared experts on the main stream"),
     _inexact(
         "overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", _OFF, "one microbatch at a time"
     ),
     _inexact("moe_single_grouped_weight", "--moe-single-grouped-weight", _OFF, "one weight per expert"),
-    _inexact(
-        "moe_pad_expert_input_to_capacity",
-        "--moe-pad-expert-input-to-capacity",
-        _OFF,
-        "experts without padding between their tokens",
-    ),
-    _inexact(
-        "moe_router_padding_for_quantization",
-        "--moe-router-padding-for-quantization",
-        _OFF,
-        "experts that get only the tokens routed to them",
-    ),
     Refusal(
         "moe_token_dispatcher_type",
         "--moe-token-dispatcher-type",
@@ -190,6 +225,7 @@ TABLE: tuple[Refusal, ...] = (
     _not_with_engine("use_distributed_optimizer", "no such flag: ZeRO shards the optimizer"),
     _not_with_engine("use_layer_wise_distributed_optimizer", "no such flag: ZeRO shards the optimizer"),
     _not_with_engine("use_precision_aware_optimizer", "no such flag: the engine keeps the fp32 weights"),
+    _not_with_engine("optimizer", "adam: the engine builds its own", ("adam",), "use adam"),
     _not_with_engine(
         "overlap_grad_reduce", "no such flag: zero_optimization.overlap_comm in the JSON file is the engine's"
     ),

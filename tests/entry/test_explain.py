@@ -47,6 +47,7 @@ def scene(
     Its LR goes linearly from `lr` to `decays_to` times that; the extra warmup is `factor` at every step.
     """
     args = SimpleNamespace(
+        optimizer="adam",
         lr=lr, min_lr=min_lr, end_weight_decay=weight_decay, use_mup=use_mup, mup_base_hidden_size=BASE_HIDDEN,
         init_method_std=0.02, num_layers=2, kv_channels=head, v_head_dim=None, multi_latent_attention=False,
         adam_beta1=0.9, hidden_size=hidden, **more,
@@ -67,7 +68,7 @@ def scene(
         factors = multipliers(effective, spec.role, spec.m)
         values = {"lr": lr * factors.lr, "weight_decay": weight_decay * factors.weight_decay}
         entry = {"name": spec.name, "class": spec.role, "shape": list(spec.shape), "fan_in": spec.fan_in}
-        entry |= {"base_fan_in": spec.base_fan_in, "m": spec.m, **values, "eps": 1e-8}
+        entry |= {"base_fan_in": spec.base_fan_in, "m": spec.m, **values, "eps": 1e-8, "optimizer": "adam"}
         found.append(Held(spec, spec.shape, False, False, assumed and spec.role == "matrix", entry))
         live[values["lr"], values["weight_decay"]] = factors
     width = WidthConfig(rule=rule, base_hidden_size=BASE_HIDDEN, init_scaling=init, megatrons_mup=use_mup)
@@ -222,9 +223,11 @@ def test_content_has_the_keys_of_the_interface() -> None:
     found = content(dry, None, outlook(dry, steps))
     assert list(found) == ["rule", "exponents", "base", "parameters", "groups", "warnings"]
     assert set(found["parameters"][0]) == {
-        "name", "class", "shape", "fan_in", "base_fan_in", "m", "lr", "weight_decay", "eps"
+        "name", "class", "shape", "fan_in", "base_fan_in", "m", "lr", "weight_decay", "eps",
+        "optimizer",
     }  # fmt: skip
-    assert set(found["groups"][0]) == {"class", "m", "lr", "weight_decay", "eps", "parameters", "numel"}
+    names = {"class", "m", "lr", "weight_decay", "eps", "optimizer", "parameters", "numel"}
+    assert set(found["groups"][0]) == names
     assert found["warnings"][-1] == "a note"
     found = json.loads(json.dumps(content(dry, steps, outlook(dry, steps))))
     assert [step["step"] for step in found["schedule"]] == [0, 1, 2]

@@ -16,6 +16,10 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 EP2 = ("--expert-model-parallel-size", "2")
 SP = ("--sequence-parallel",)
 DISTRIBUTED = ("--use-distributed-optimizer",)
+ALLTOALL = ("--moe-token-dispatcher-type", "alltoall")
+TWO_INSTANCES = ("--num-distributed-optimizer-instances", "2")
+# As many places as there are tokens, so that none is dropped; half of an expert's input are tokens that chose others.
+CAPACITY = ("--moe-expert-capacity-factor", "2.0", "--moe-pad-expert-input-to-capacity")
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 METRICS = (
@@ -60,6 +64,9 @@ LAYOUTS = {
     "tp2-sp": (LLAMA, 2, 1, (*TP2, *SP)),
     "dp2": (LLAMA, 2, 2, ()),
     "dp2-distributed": (LLAMA, 2, 2, DISTRIBUTED),
+    "dp4-two-instances": (LLAMA, 4, 4, (*DISTRIBUTED, *TWO_INSTANCES)),
+    "tp2-dp2-two-instances": (LLAMA, 4, 2, (*TP2, *DISTRIBUTED, *TWO_INSTANCES)),
+    "moe-ep2-dp2-two-instances": (MIXTURE, 4, 4, (*EP2, *DISTRIBUTED, *TWO_INSTANCES)),
     "dp2-distributed-overlap": (LLAMA, 2, 2, (*DISTRIBUTED, *OVERLAP)),
     "pp2": (LLAMA, 2, 1, PP2),
     "pp2-interleaved": (Model(layers=4), 2, 1, (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")),
@@ -72,6 +79,10 @@ LAYOUTS = {
     "moe": (MIXTURE, 1, 1, ()),
     "moe-ep2": (MIXTURE, 2, 2, EP2),
     "moe-ep2-allgather": (MIXTURE, 2, 2, (*EP2, "--moe-token-dispatcher-type", "allgather")),
+    "moe-ep2-padded-to-capacity": (MIXTURE, 2, 2, (*EP2, *ALLTOALL, *CAPACITY)),
+    "moe-tp2-sp-padded-to-capacity": (MIXTURE, 2, 1, (*TP2, *SP, *CAPACITY)),
+    "moe-shared-experts-overlap": (MIXTURE, 1, 1, (*ALLTOALL, "--moe-shared-expert-overlap")),
+    "moe-tp2-sp-shared-experts-overlap": (MIXTURE, 2, 1, (*TP2, *SP, *ALLTOALL, "--moe-shared-expert-overlap")),
     "moe-dp2-distributed": (MIXTURE, 2, 2, DISTRIBUTED),
     "moe-ep2-dp2-distributed": (MIXTURE, 4, 4, (*EP2, *DISTRIBUTED)),
     "moe-tp2-sp": (MIXTURE, 2, 1, (*TP2, *SP)),

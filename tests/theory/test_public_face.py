@@ -8,7 +8,7 @@ import pytest
 
 from megatron_patch import theory
 
-MODULES = ("alignment", "deviation", "equilibrium", "schedules", "transfer", "width")
+MODULES = ("alignment", "deviation", "equilibrium", "schedules", "transfer", "updates", "width")
 # The function that its module would be hidden by, and two that make text for messages.
 ELSEWHERE = {"alignment", "times", "fraction"}
 

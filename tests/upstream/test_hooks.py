@@ -462,6 +462,7 @@ STOOD_IN_FOR = {
     f"{DISTRIBUTED_OPTIMIZER}._set_main_param_and_optimizer_states": "40cab7846597",
     f"{DISTRIBUTED_OPTIMIZER}.load_state_dict": "7e5f988b86b4",
     "megatron.core.tensor_parallel.mappings:_gather_along_first_dim": "44633fe36d60",
+    "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.allgather_params": "1e318a95ce03",
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": "b179c9d95438",
     "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__": "e3b2175ddc1a",
     "megatron.core.models.hybrid.hybrid_block:TENorm": "8f31e2dfaa34",

@@ -40,6 +40,14 @@ def test_what_metrics_do_not_go_with(settings: dict[str, Any], text: str) -> Non
     assert refused(Feature.ANY, {**FINE, **settings}) == []
 
 
+@pytest.mark.parametrize(("settings", "text"), GOLDEN["rule"])
+def test_what_a_rule_does_not_go_with(settings: dict[str, Any], text: str) -> None:
+    assert said(Feature.RULE, settings) == text
+    assert refused(Feature.ANY, {**FINE, **settings}) == []
+    whole = {"tensor_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    assert refused(Feature.RULE, {**FINE, **settings, **whole}) == []
+
+
 @pytest.mark.parametrize(("settings", "text"), GOLDEN["engine"])
 def test_what_deepspeeds_engine_does_not_go_with(settings: dict[str, Any], text: str) -> None:
     assert said(Feature.ENGINE, settings) == text
@@ -59,6 +67,7 @@ def test_every_row_is_among_them() -> None:
     """Whoever adds a row adds its words to the golden file; and each row can be reached."""
     met = {(Feature.ANY, name) for settings, _ in GOLDEN["width"] for name in settings}
     met |= {(Feature.METRICS, name) for settings, _ in GOLDEN["metrics"] for name in settings}
+    met |= {(Feature.RULE, name) for settings, _ in GOLDEN["rule"] for name in settings}
     met |= {(Feature.METRICS, "sequence_parallel")}  # refused where it is not given
     met |= {(Feature.ENGINE, name) for settings, _ in GOLDEN["engine"] for name in settings}
     met |= {(Feature.CPU, words[0]) for words, _ in GOLDEN["cpu"]}

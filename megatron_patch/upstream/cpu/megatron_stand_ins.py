@@ -130,6 +130,16 @@ def _gather_of_unequal_parts(gather: Callable[..., Any]) -> Callable[..., Any]:
     return gather_padded
 
 
+def _broadcast_instead(gather: Callable[..., None]) -> Callable[..., None]:
+    """`LayerWiseDistributedOptimizer.allgather_params`, by upstream's own reference for it: a broadcast each."""
+
+    @functools.wraps(gather)
+    def broadcast(self: Any) -> None:
+        self.broadcast_params()
+
+    return broadcast
+
+
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """`maybe_move_tensor_to_cpu` for a tensor that is there already: upstream then forgets the conversion to numpy."""
     import torch
@@ -213,6 +223,12 @@ MEGATRON_STAND_INS: tuple[StandIn, ...] = (
         "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
         _gather_of_unequal_parts,
         "gloo gathers parts of one size only; experts split over tensor-parallel ranks have as many rows as tokens",
+        wraps=True,
+    ),
+    StandIn(
+        "megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.allgather_params",
+        _broadcast_instead,
+        "gloo gathers parts of one size only; ranks own parameters of different sizes",
         wraps=True,
     ),
     StandIn("megatron.core.tensor_parallel.random:_set_cuda_rng_state", _megatron_set_rng_state, RNG_REASON),

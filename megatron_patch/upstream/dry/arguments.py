@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_patch.config.optimizer import EMERGING
 from megatron_patch.errors import ConfigError
 from megatron_patch.upstream.dry.machine import assigned, machine_meant, megatrons_checks, suit
 from megatron_patch.upstream.patch import megatron_parser
@@ -56,10 +57,9 @@ def validated(
 
 def _refuse_other_models(args: Any) -> None:
     """Before Megatron says what it has against them."""
-    if args.optimizer not in ("adam", "sgd"):
-        raise ConfigError(
-            "--optimizer", args.optimizer, "adam or sgd: others build param groups of their own", "explain one of these"
-        )
+    if args.optimizer not in ("adam", "sgd", "dist_muon", *EMERGING):
+        known = ", ".join(("adam", "sgd", *EMERGING))
+        raise ConfigError("--optimizer", args.optimizer, f"one of {known}", "explain one of these")
 
 
 def model_config(args: Any) -> Any:

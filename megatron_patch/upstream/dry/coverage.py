@@ -72,7 +72,8 @@ def _same_on_all(name: str, held_by: Sequence[tuple[Position, Held]]) -> None:
 
 def _shown(held: Held) -> str:
     return ", ".join(
-        f"{key} {held.values[key]}" for key in ("class", "shape", "fan_in", "m", "lr", "weight_decay", "eps")
+        f"{key} {held.values[key]}"
+        for key in ("class", "shape", "fan_in", "m", "lr", "weight_decay", "eps", "optimizer")
     )
 
 

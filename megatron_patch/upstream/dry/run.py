@@ -28,6 +28,7 @@ from megatron_patch.upstream.dry.machine import (
 from megatron_patch.upstream.record import hyperparameter_table
 from megatron_patch.upstream.width.audit import audit_build
 from megatron_patch.upstream.width.bases import cautions, check_bases_used
+from megatron_patch.upstream.width.optimizers import emerging_overrides
 from megatron_patch.upstream.width.parameters import belongs_to_expert, describe
 from megatron_patch.upstream.width.plan import config_overrides, make_plan
 
@@ -285,7 +286,8 @@ def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Pos
             scope_key=settings.warmup.scope == "width-dependent",
         )
         with megatrons_checks():
-            groups = _get_param_groups(chunks, config, {**overrides, **config_overrides(plan)})
+            everyones = {**overrides, **config_overrides(plan), **emerging_overrides(config)}
+            groups = _get_param_groups(chunks, config, everyones)
         optimizer = _as_optimizer(groups)
         audit_build(plan, optimizer)
         where = (
@@ -324,15 +326,20 @@ def _on_rank(args: Any, settings: Settings, blueprint: _Blueprint, position: Pos
 
 
 def _as_optimizer(groups: Sequence[dict[str, Any]]) -> Any:
-    """Return param groups in the shape of Megatron's chained optimizer, one for the experts, as the audit reads it."""
+    """Return param groups in the shape of Megatron's chained optimizer, as the audit reads it.
+
+    It has one for each of its optimizers (adam beside muon), and another for the experts.
+    """
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
-    children = []
-    for experts in (False, True):
-        child = object.__new__(FP32Optimizer)  # its constructor wants gradients
-        child.optimizer = SimpleNamespace(param_groups=[g for g in groups if g["is_expert_parallel"] == experts])
-        children.append(child)
-    return SimpleNamespace(chained_optimizers=children)
+    children = {}
+    for group in groups:
+        key = group.get("optimizer"), group["is_expert_parallel"]
+        if key not in children:
+            children[key] = object.__new__(FP32Optimizer)  # its constructor wants gradients
+            children[key].optimizer = SimpleNamespace(param_groups=[])
+        children[key].optimizer.param_groups.append(group)
+    return SimpleNamespace(chained_optimizers=list(children.values()))
 
 
 def _whole_model(args: Any, settings: Settings, blueprint: _Blueprint) -> dict[str, tuple[int, ...]]:

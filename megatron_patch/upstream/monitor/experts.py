@@ -34,11 +34,12 @@ class ExpertTokens:
         self._rows: list[Tensor] = []
         self._totals: list[int] = []
 
-    def route(self, routing_map: Tensor, positions: Tensor, most: int) -> None:
+    def route(self, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
         """Take the routing of this rank's tokens and learn that of its peers; a collective call.
 
         Args:
             routing_map: whether a token goes to an expert, bool [T_loc, experts].
+            chosen: whether the router chose the expert for it; else it is there to fill up the expert's input.
             positions: the sampled tokens, ascending, [n].
             most: the largest number of sampled tokens of any rank.
         """
@@ -46,7 +47,7 @@ class ExpertTokens:
         counts = routing_map.sum(0, keepdim=True)
         place = routing_map.cumsum(0)[positions] - 1
         sampled = torch.full((most, experts), -1, dtype=torch.int64, device=routing_map.device)
-        sampled[: positions.shape[0]] = torch.where(routing_map[positions], place, -1)
+        sampled[: positions.shape[0]] = torch.where(chosen[positions], place, -1)
         packed = torch.cat([counts, sampled])
         gathered = all_gather_flat(packed, self._group).view(-1, 1 + most, experts)[self._order]
         counts, sampled = gathered[:, 0, self._experts], gathered[:, 1:, self._experts]
@@ -71,6 +72,25 @@ class ExpertTokens:
                 f"{self._totals[expert] if self._totals else 'unknown number of'} tokens its routers sent"
             )
         return tokens[self._rows[expert]]
+
+
+def dispatched(probabilities: Tensor, chosen: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Return which tokens are sent to an expert, and which of them because the router chose it; both bool [T, experts].
+
+    They differ where an expert's input is filled up with tokens that chose others, whose output is multiplied by 0.
+
+    Args:
+        probabilities, chosen: what a router returned, [T, experts].
+        config: the TransformerConfig.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    if getattr(config, "moe_pad_expert_input_to_capacity", False):
+        return chosen, chosen & (probabilities != 0)  # the router has filled up itself
+    if getattr(config, "moe_router_padding_for_quantization", False):
+        multiple = token_dispatcher.get_align_size_for_quantization(config)
+        return token_dispatcher.pad_routing_map(chosen.clone(), multiple), chosen  # which writes to what it is given
+    return chosen, chosen
 
 
 def find_experts(names: dict[str, str], chunk: torch.nn.Module, groups: Any) -> dict[str, ExpertTokens]:

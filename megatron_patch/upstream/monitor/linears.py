@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn import functional
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
-from megatron_patch.upstream.monitor.experts import ExpertTokens, find_experts
+from megatron_patch.upstream.monitor.experts import ExpertTokens, dispatched, find_experts
 from megatron_patch.upstream.monitor.masters import Master
+from megatron_patch.upstream.width.optimizers import Growth
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
 from megatron_patch.zero.weights import gathered, is_partitioned
 
@@ -31,6 +32,8 @@ class _Weight:
     moe_layer: str = ""
     """Global name of the MoE layer that the expert belongs to."""
     m: float = 1.0
+    call: int = 0
+    """Which call of the module in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def find_linears(
     groups: Any,
     masters: Callable[[torch.nn.Parameter], Master],
     wanted: re.Pattern[str],
+    growth: Growth,
 ) -> Found:
     """Return the linear layers of this rank of which a line matches, or the mean over the experts that it enters.
 
@@ -63,6 +67,7 @@ def find_linears(
         groups: Megatron's `parallel_state`.
         masters: where the fp32 weights of a parameter are.
         wanted: matched against line names by `search`.
+        growth: b of the norm model for every part of a weight.
 
     Raises:
         ConfigError: a wanted matrix whose module this package does not know.
@@ -75,8 +80,8 @@ def find_linears(
     for chunk in model:
         names = global_names(chunk, groups.get_expert_model_parallel_rank())
         experts = find_experts(names, chunk, groups) if getattr(config, "num_moe_experts", None) else {}
-        by_module: dict[torch.nn.Module, list[tuple[_Weight, LinearView]]] = {}
-        for weight in _weights(chunk, names, by_parameter):
+        by_call: dict[tuple[torch.nn.Module, int], list[tuple[_Weight, LinearView]]] = {}
+        for weight in _each_call(_weights(chunk, names, by_parameter), predictions_before(chunk, config)):
             kind = _kind(weight)
             if kind is None:
                 if wanted.search(weight.name):
@@ -88,14 +93,14 @@ def find_linears(
                     )
                 continue
             master = masters(weight.parameter)
-            view = _view(weight, kind, config, groups, master)
+            view = _view(weight, kind, config, groups, master, growth)
             if any(is_wanted(row, wanted) for row in view.rows):
-                by_module.setdefault(weight.module, []).append((weight, view))
+                by_call.setdefault((weight.module, weight.call), []).append((weight, view))
                 views.append(view)
                 if master.param_group:
                     param_groups.update({row.layer: master.param_group for row in view.rows})
-        for module, members in by_module.items():
-            points.append(CapturePoint(module, _extract(module, members, experts)))
+        for (module, call), members in by_call.items():
+            points.append(CapturePoint(module, _extract(module, members, experts), call))
         for local_name, module in chunk.named_modules():
             moe_layer = names.get(local_name, "").removesuffix(".router")
             if local_name.endswith(".router") and moe_layer in experts:
@@ -149,6 +154,26 @@ def _weights(
             yield _Weight(names[local_name], parameter, module, m=by_parameter[id(parameter)].spec.m)
 
 
+def predictions_before(chunk: torch.nn.Module, config: Any) -> int:
+    """Return how often multi-token prediction calls a chunk's LM head in a forward pass, before the model itself does.
+
+    Once for each of its depths, in order (`process_mtp_loss`), and on the stage that has its layers only.
+    """
+    has_layers = any(getattr(module, "mtp_process", False) for module in chunk.modules())
+    return (getattr(config, "mtp_num_layers", None) or 0) if has_layers else 0
+
+
+def _each_call(weights: Iterable[_Weight], predictions: int) -> Iterator[_Weight]:
+    """Yield weights, and the LM head once for each call; that of the model itself, the last, has the plain name."""
+    for weight in weights:
+        if weight.name.rpartition(".")[2] != "output_layer":
+            yield weight
+            continue
+        for depth in range(predictions):
+            yield replace(weight, name=f"{weight.name}/mtp{depth}", call=depth)
+        yield replace(weight, call=predictions)
+
+
 def _kind(weight: _Weight) -> Kind | None:
     """Return how the module is split over tensor-parallel ranks, by its class; None for an unknown one."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -181,7 +206,7 @@ def _te_extension() -> Any:
     return transformer_engine if transformer_engine.HAVE_TE else None
 
 
-def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master) -> LinearView:
+def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master, growth: Growth) -> LinearView:
     is_expert = weight.expert is not None
     if is_expert:
         shard_group = groups.get_expert_tensor_parallel_group()
@@ -190,15 +215,19 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master)
         shard_group = groups.get_tensor_model_parallel_group()
         data_group = groups.get_data_parallel_group(with_context_parallel=True)
     shards, shard = group_size(shard_group), group_rank(shard_group)
+    # Shared experts that overlap with the dispatch get tokens that are gathered already.
+    overlap = getattr(config, "moe_shared_expert_overlap", False) and ".shared_experts." in weight.name
+    gathers_first = is_expert or overlap
     rows_local, width = _local_shape(weight.parameter)
     fan_out = rows_local * (shards if kind == "column" else 1)
     fan_in = width * (shards if kind == "row" else 1)
     parts, row_part = _parts(weight.name, kind, rows_local, shard, config)
     fractions = _part_sizes(parts, fan_out, config)
     mean = _expert_mean(weight.name) if is_expert else None
+    updates = growth(weight.name, weight.parameter, fractions, fan_in)
     rows = tuple(
-        Row(weight.name + part, kind, fan_in, size, weight.m, mean + part if mean else None)
-        for part, size in zip(parts, fractions, strict=True)
+        Row(weight.name + part, kind, fan_in, size, weight.m, mean + part if mean else None, b)
+        for part, size, b in zip(parts, fractions, updates, strict=True)
     )
     return LinearView(
         name=weight.name,
@@ -209,7 +238,8 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master)
         master=master.piece,
         shard_group=shard_group,
         data_group=master.slice_group or data_group,
-        scattered=bool(config.sequence_parallel) and shards > 1 and kind != "row" and not is_expert,
+        scattered=bool(config.sequence_parallel) and shards > 1 and kind != "row" and not gathers_first,
+        replica=master.replica,
         gathered_shape=(rows_local, width) if is_partitioned(weight.parameter) else None,
     )
 
@@ -347,9 +377,9 @@ def _routing(experts: ExpertTokens, config: Any, groups: Any) -> Extract:
     where = (group_rank(tp_group), group_size(tp_group)) if config.sequence_parallel else (0, 1)
 
     def extract(sample: Sample, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
-        _, routing_map = output
-        index, counts = sample.local(routing_map.shape[0], routing_map.device, *where)
-        experts.route(routing_map, index, max(counts))
+        probabilities, chosen = output
+        index, counts = sample.local(chosen.shape[0], chosen.device, *where)
+        experts.route(*dispatched(probabilities, chosen, config), index, max(counts))
         return {}
 
     return extract

@@ -22,6 +22,7 @@ from megatron_patch.upstream.monitor.linears import find_linears, routed_layers
 from megatron_patch.upstream.monitor.masters import find_masters, live_hyperparameters
 from megatron_patch.upstream.monitor.sublayers import find_sublayers
 from megatron_patch.upstream.ranks import collectively
+from megatron_patch.upstream.width.optimizers import update_growth
 from megatron_patch.upstream.width.parameters import NamedParameter
 
 
@@ -88,7 +89,9 @@ class AlignmentMonitor:
         wanted = re.compile(settings.alignment_layers)
         # What may fail on one rank alone does so on all, before any rank waits for the others.
         found = collectively(
-            lambda: find_linears(model, parameters, config, parallel_state, find_masters(optimizer), wanted)
+            lambda: find_linears(
+                model, parameters, config, parallel_state, find_masters(optimizer), wanted, update_growth(args)
+            )
         )
         sublayers = find_sublayers(model, found.views, config, parallel_state)
         world = dist.group.WORLD
@@ -112,8 +115,9 @@ class AlignmentMonitor:
         routers = [point for moe_layer, point in found.routers.items() if moe_layer in routed]
         self._meter = Meter(found.views, [*found.points, *routers], sublayers, self._registry, world, device)
         self._pattern = pattern_of(vars(args))
+        growths = {row.layer: row.update_rms for row in self._registry.rows}
         groups_of_layers = self._param_groups(found.param_groups)
-        self.forecast = NormForecast(groups_of_layers, self._weight_rms(), self._pattern)
+        self.forecast = NormForecast(groups_of_layers, self._weight_rms(), self._pattern, growths)
         self._reporter = self._make_reporter() if args.rank == args.world_size - 1 else None
 
     @property

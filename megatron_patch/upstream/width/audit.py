@@ -30,15 +30,24 @@ _CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
     ("start_weight_decay", None),
     ("end_weight_decay", None),
     ("adam_eps", None),
+    ("optimizer", "adam"),
+    ("muon_scale_mode", "spectral"),
+    ("muon_extra_scale_factor", 1.0),
+    ("muon_scalar_optimizer", "adam"),
 )
 """What a checkpoint must agree in, with the default where it has no such argument."""
-_MEGATRONS_FLAGS = ("--lr", "--min-lr", "--start-weight-decay", "--end-weight-decay", "--adam-eps", "--use-mup")
+_MEGATRONS_FLAGS = (
+    *("--lr", "--min-lr", "--start-weight-decay", "--end-weight-decay", "--adam-eps", "--use-mup", "--optimizer"),
+    *("--muon-scale-mode", "--muon-extra-scale-factor", "--muon-scalar-optimizer"),
+)
 
 
 def child_optimizers(optimizer: Any) -> list[Any]:
     """Return the optimizers inside Megatron's ChainedOptimizer that hold parameters on this rank."""
-    children = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [child for child in children if not getattr(child, "is_stub_optimizer", False)]
+    if not hasattr(optimizer, "chained_optimizers"):
+        return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
+    # Megatron's layer-wise distributed optimizer is a chain within the chain.
+    return [child for one in optimizer.chained_optimizers for child in child_optimizers(one)]
 
 
 def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
@@ -67,7 +76,7 @@ def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.
         else:
             raise AuditError(
                 f"the optimizer {type(child).__module__}.{type(child).__qualname__} keeps its parameters in a way "
-                "megatron_patch cannot audit; use Adam with or without --use-distributed-optimizer"
+                "megatron_patch cannot audit; use adam, muon, soap or lion, with or without --use-distributed-optimizer"
             )
         yield from zip(groups, members, strict=True)
 
@@ -119,21 +128,45 @@ def audit_groups(plan: Plan, optimizer: Any) -> None:
                 "max_lr": group["max_lr"],
                 "min_lr": group["min_lr"] or 0.0,
                 "wd_mult": group["wd_mult"],
-                "eps": group.get("eps", planned.eps),
                 "lr*weight_decay": group["max_lr"] * group["wd_mult"],
             }
             expected = {
                 "max_lr": planned.lr,
                 "min_lr": planned.min_lr,
                 "wd_mult": planned.factors.weight_decay,
-                "eps": planned.eps,
                 "lr*weight_decay": planned.lr * planned.factors.weight_decay,
             }
+            if planned.eps is not None and group.get("eps") is not None:
+                live["eps"], expected["eps"] = group["eps"], planned.eps
             _compare(name, plan.rule.name, live, expected)
+            trainer = group.get("optimizer", plan.optimizer.name)
+            if trainer != planned.optimizer:
+                raise AuditError(
+                    f"{name} is trained by {trainer}, but its LR and weight decay were planned for "
+                    f"{planned.optimizer}; let --optimizer alone decide which parameter is trained by what"
+                )
+    elsewhere = {id(parameter) for parameter, _ in layer_wise_groups(optimizer)}
+    missing = sorted(name for key, name in names.items() if name not in found and key not in elsewhere)
     sharded = any(hasattr(child, "model_param_group_index_map") for child in child_optimizers(optimizer))
-    missing = set(names.values()) - found
     if missing and not sharded:
-        raise AuditError(f"{sorted(missing)[0]} is in no param group: the optimizer does not train it")
+        raise AuditError(f"{missing[0]} is in no param group: the optimizer does not train it")
+
+
+def layer_wise_groups(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """Yield every parameter that Megatron's layer-wise distributed optimizer hands to one of a group, and the group.
+
+    It hands out whole parameters, and every rank has the lists of all; where a parameter has one rank it is not there.
+    """
+    if hasattr(optimizer, "dp_cp_params_list"):
+        for lists, group in (
+            (optimizer.dp_cp_params_list, optimizer.dp_cp),
+            (optimizer.expt_dp_params_list, optimizer.expt_dp),
+        ):
+            for parameters in lists or ():
+                yield from ((parameter, group) for parameter in parameters)
+    else:
+        for one in getattr(optimizer, "chained_optimizers", ()):
+            yield from layer_wise_groups(one)
 
 
 def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:

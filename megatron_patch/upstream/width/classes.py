@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.theory.updates import rule_under
 from megatron_patch.theory.width import Multipliers
 from megatron_patch.upstream.ranks import gather
 from megatron_patch.upstream.width.audit import live_groups
@@ -32,7 +33,7 @@ def parameter_classes(plan: Plan, optimizer: Any) -> tuple[ParameterClass, ...]:
     """
     specs = {id(p.parameter): p.spec for p in plan.parameters}
     local = {
-        (spec.role, spec.m, _peak(plan, group, plan.hyperparameters[spec.name].eps))
+        (spec.role, spec.m, _peak(plan, group, plan.hyperparameters[spec.name]))
         for group, parameters in live_groups(optimizer)
         for spec in (specs[id(parameter)] for parameter in parameters)
     }
@@ -47,14 +48,15 @@ def parameter_classes(plan: Plan, optimizer: Any) -> tuple[ParameterClass, ...]:
     return tuple(classes)
 
 
-def _peak(plan: Plan, group: Mapping[str, Any], eps: float) -> Hyperparameters:
+def _peak(plan: Plan, group: Mapping[str, Any], planned: Hyperparameters) -> Hyperparameters:
     wd_mult = float(group["wd_mult"])
     return Hyperparameters(
         lr=float(group["max_lr"]),
         min_lr=float(group["min_lr"] or 0.0),
         weight_decay=wd_mult * plan.weight_decay,
-        eps=float(group.get("eps", eps)),
+        eps=group.get("eps", planned.eps),
         factors=Multipliers(1.0, wd_mult),
+        optimizer=group.get("optimizer", plan.optimizer.name),
     )
 
 
@@ -88,7 +90,18 @@ def live_values(classes: Sequence[ParameterClass], optimizer: Any) -> dict[str, 
 def summary(plan: Plan, classes: Sequence[ParameterClass]) -> list[str]:
     """Return the lines that tell a user at start what each class is trained with."""
     lines = [f"> width scaling: {plan.rule.name} ({plan.rule.source}); peak LR, weight decay, eps per class:"]
+    several = plan.optimizer.name != "adam"
+    if several and plan.rule.follows_updates:
+        under = rule_under(plan.rule, plan.optimizer.of_matrices)
+        how = f" ({plan.optimizer.muon_scale})" if plan.optimizer.name == "muon" else ""
+        decay = f"weight decay with m^{under.wd_exponent:g}" if under.decays else "no weight decay"
+        lines.append(
+            f">   under {plan.optimizer.name}{how}, where a matrix grows both ways: lr with m^{-under.lr_exponent:g}, "
+            f"{decay}; derived for this optimizer, see docs/width-scaling.md"
+        )
     for c in classes:
         h = c.hyperparameters
-        lines.append(f">   {c.label:12s} lr {h.lr:.6g}  weight decay {h.weight_decay:.6g}  eps {h.eps:.3g}")
+        eps = "" if h.eps is None else f"  eps {h.eps:.3g}"
+        by = f"  {h.optimizer}" if several else ""
+        lines.append(f">   {c.label:12s} lr {h.lr:.6g}  weight decay {h.weight_decay:.6g}{eps}{by}")
     return lines

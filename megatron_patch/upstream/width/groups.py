@@ -41,5 +41,10 @@ def trains_with(group: Mapping[str, Any], planned: Hyperparameters) -> bool:
         math.isclose(group["max_lr"], planned.lr, rel_tol=TOLERANCE)
         and math.isclose(group["min_lr"] or 0.0, planned.min_lr, rel_tol=TOLERANCE)
         and math.isclose(group["wd_mult"], planned.factors.weight_decay, rel_tol=TOLERANCE)
-        and math.isclose(group.get("eps", planned.eps), planned.eps, rel_tol=TOLERANCE)
+        and same_eps(group.get("eps"), planned.eps)
     )
+
+
+def same_eps(live: float | None, planned: float | None) -> bool:
+    """Return whether two eps are one, up to rounding; nothing is asked of a group or an optimizer that has none."""
+    return live is None or planned is None or math.isclose(live, planned, rel_tol=TOLERANCE)

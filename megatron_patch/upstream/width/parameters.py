@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_patch.config import BASE_DIMENSIONS, WidthConfig, flag
+from megatron_patch.config.fan_out import base_fan_out
 from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.theory.width import ParamSpec, Role
 
@@ -252,7 +253,8 @@ def spec_of(
         dimension = "hidden_size"
     fan_in = shape[-1]
     if dimension is None or dimension not in dimensions:
-        return ParamSpec(name, shape, role, fan_in, fan_in * bases["hidden_size"] / dimensions["hidden_size"]), True
+        ratio = bases["hidden_size"] / dimensions["hidden_size"]
+        return ParamSpec(name, shape, role, fan_in, fan_in * ratio, base_fan_out=shape[0] * ratio), True
     # Multi-token prediction concatenates two residual streams in front of eh_proj.
     copies = 2 if ".eh_proj." in name else 1
     if fan_in != copies * dimensions[dimension]:
@@ -261,7 +263,8 @@ def spec_of(
             "the layer is not what its name says, so its base fan-in is unknown; give a layer of your own a name that "
             "Megatron does not use (the ratio of the hidden sizes is assumed then), or put it outside decoder"
         )
-    return ParamSpec(name, shape, role, fan_in, copies * bases[dimension], dimension), False
+    fan_out = base_fan_out(name, shape[0], dimensions, bases)
+    return ParamSpec(name, shape, role, fan_in, copies * bases[dimension], dimension, fan_out), False
 
 
 def dimensions_read(model: Sequence[torch.nn.Module]) -> set[str]:

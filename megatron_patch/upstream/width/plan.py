@@ -2,15 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from megatron_patch.config import WidthConfig
+from megatron_patch.config.optimizer import OptimizerChoice
 from megatron_patch.errors import AuditError, ConfigError
-from megatron_patch.theory.width import Multipliers, Rule, multipliers
+from megatron_patch.theory.updates import Shapes, UpdateScale, scaled_multipliers
+from megatron_patch.theory.width import Multipliers, ParamSpec, Rule, multipliers
+from megatron_patch.upstream.width.optimizers import emerging_overrides, optimizer_of
 from megatron_patch.upstream.width.parameters import NamedParameter, is_convolution
 
 # The layers that Megatron initialises with a smaller std the deeper the model is.
@@ -25,8 +28,11 @@ class Hyperparameters:
     min_lr: float
     weight_decay: float
     """At the end of the weight-decay schedule (it is constant unless asked otherwise)."""
-    eps: float
+    eps: float | None
+    """Adam's; None for an optimizer without --adam-eps."""
     factors: Multipliers
+    optimizer: str = "adam"
+    """Megatron's name of what trains it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Plan:
     rule: Rule
     weight_decay: float
     """lambda of the base model, at the end of the weight-decay schedule."""
+    optimizer: OptimizerChoice
     parameters: tuple[NamedParameter, ...]
     hyperparameters: Mapping[str, Hyperparameters]
     """By global parameter name."""
@@ -58,7 +65,7 @@ def make_plan(
     Args:
         parameters: all trainable parameters of this rank.
         width: the rule.
-        config: Megatron's OptimizerConfig: lr, min_lr, adam_eps, apply_wd_to_qk_layernorm.
+        config: Megatron's OptimizerConfig: lr, min_lr, adam_eps, apply_wd_to_qk_layernorm, optimizer and Muon's scale.
         weight_decay: lambda of the base model, at the end of the weight-decay schedule.
         use_mup: Megatron's own --use-mup adds the overrides of LR and eps.
         scope_key: mark the groups that depend on width, for a warmup that applies to those alone.
@@ -68,6 +75,7 @@ def make_plan(
             have several width multipliers.
     """
     rule = width.scaling
+    choice, hand_over = OptimizerChoice.of(vars(config)), emerging_overrides(config)
     if use_mup and width.active:
         _check_single_multiplier(parameters)
     base_min_lr = config.min_lr or 0.0
@@ -86,17 +94,16 @@ def make_plan(
     hyperparameters: dict[str, Hyperparameters] = {}
     keys: dict[str, tuple[tuple[str, float], ...]] = {}
     for p in parameters:
+        optimizer = optimizer_of(p.spec.name, p.parameter, config, hand_over)
+        scale = choice.scale_of(optimizer)
         factors, at_base_width = (
-            multipliers(
-                rule,
-                p.spec.role,
-                m,
+            _factors(rule, spec, scale)(
                 vector_lr=1.0 if width.vector_lr is None else width.vector_lr / config.lr,
                 embedding_weight_decay=embedding_decay,
                 scale_output=width.scale_output_layer,
-                scale_eps=width.scale_adam_eps,
+                scale_eps=width.scale_adam_eps and optimizer == "adam",
             )
-            for m in (p.spec.m, 1.0)
+            for spec in (p.spec, _at_base_width(p.spec))
         )
         width_dependent = scope_key and factors != at_base_width
         if p.spec.role == "vector" and config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name):
@@ -105,8 +112,9 @@ def make_plan(
             lr=config.lr * factors.lr,
             min_lr=base_min_lr * factors.lr,
             weight_decay=weight_decay * factors.weight_decay,
-            eps=config.adam_eps * factors.eps,
+            eps=config.adam_eps * factors.eps if optimizer == "adam" else None,
             factors=factors,
+            optimizer=optimizer,
         )
         shrink = hyperparameters[p.spec.name].lr * hyperparameters[p.spec.name].weight_decay
         if shrink >= 1:
@@ -116,8 +124,28 @@ def make_plan(
                 f"a product with the LR below 1: for {p.spec.name} it is {shrink:.3g} and one step would wipe it out",
                 "lower --lr or --weight-decay",
             )
-        keys[p.spec.name] = tuple(sorted(_override(p, factors, config, use_mup, width_dependent).items()))
-    return Plan(width, rule, weight_decay, tuple(parameters), hyperparameters, keys)
+        megatrons_lr = use_mup and p.spec.role in ("matrix", "output") and optimizer != "muon"
+        keys[p.spec.name] = tuple(sorted(_override(p, factors, config, megatrons_lr, width_dependent).items()))
+    return Plan(width, rule, weight_decay, choice, tuple(parameters), hyperparameters, keys)
+
+
+def _factors(rule: Rule, spec: ParamSpec, scale: UpdateScale) -> Callable[..., Multipliers]:
+    """Return what gives a parameter its factors from the options of `multipliers`."""
+
+    def factors(**options: Any) -> Multipliers:
+        adams = multipliers(rule, spec.role, spec.m, **options)
+        if scale == "entrywise" or spec.role == "vector":
+            return adams
+        fan_out = float(spec.shape[0]) if spec.base_fan_out is None else spec.base_fan_out
+        shapes = Shapes(spec.shape[0], spec.shape[-1], fan_out, spec.base_fan_in)
+        return scaled_multipliers(rule, spec.role, scale, shapes, adams)
+
+    return factors
+
+
+def _at_base_width(spec: ParamSpec) -> ParamSpec:
+    """Return a parameter as if the base model had its sizes."""
+    return replace(spec, base_fan_in=float(spec.fan_in), base_fan_out=None)
 
 
 def _check_single_multiplier(parameters: Sequence[NamedParameter]) -> None:
@@ -138,22 +166,25 @@ def _is_qk_layernorm(name: str) -> bool:
 
 
 def _override(
-    p: NamedParameter, factors: Multipliers, config: Any, use_mup: bool, width_dependent: bool
+    p: NamedParameter, factors: Multipliers, config: Any, megatrons_lr: bool, width_dependent: bool
 ) -> dict[str, float]:
-    """Return the keys in which a parameter's group must differ from Megatron's default group."""
+    """Return the keys in which a parameter's group must differ from Megatron's default group.
+
+    `megatrons_lr`: Megatron's own muP sets LR and eps of this one.
+    """
     override: dict[str, float] = {}
     if factors.lr != 1.0:
         # `lr_mult` is in the key by which groups are matched on resume and nothing reads it: it keeps groups that
         # differ in LR alone apart in every Megatron version.
         override["lr_mult"] = factors.lr
-        if not use_mup or p.spec.role in ("embedding", "vector"):  # whose LR Megatron's muP leaves to --vector-lr
+        if not megatrons_lr:
             override["max_lr"] = config.lr * factors.lr
             override["min_lr"] = (config.min_lr or 0.0) * factors.lr
     decayed_by_default = p.spec.role != "vector" or (config.apply_wd_to_qk_layernorm and _is_qk_layernorm(p.spec.name))
     if decayed_by_default and factors.weight_decay != 1.0:
         # Vectors are left to Megatron's own override, wd_mult=0: a second value for the same key is refused by it.
         override["wd_mult"] = factors.weight_decay
-    if factors.eps != 1.0 and not use_mup:
+    if factors.eps != 1.0 and not megatrons_lr:
         override["eps"] = config.adam_eps * factors.eps
     if width_dependent:
         override["width_dependent"] = 1.0
