@@ -43,6 +43,12 @@ class NormForecast:
         shrink, growth = self._factors[self._group_of[layer]]
         return math.hypot(shrink * self._initial_rms[layer], growth)
 
+    def snapshot(self) -> "NormForecast":
+        """Return one that stays as this one is now."""
+        copy = NormForecast(self._group_of, self._initial_rms)
+        copy._factors = dict(self._factors)
+        return copy
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, the same on every rank, for a checkpoint."""
         return {"initial_rms": dict(self._initial_rms), "factors": {g: list(f) for g, f in self._factors.items()}}

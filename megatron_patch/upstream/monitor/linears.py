@@ -211,6 +211,7 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master)
         data_group=master.slice_group or data_group,
         scattered=bool(config.sequence_parallel) and shards > 1 and kind != "row" and not is_expert,
         gathered_shape=(rows_local, width) if is_partitioned(weight.parameter) else None,
+        fixed_tokens=not is_expert,
     )
 
 
