@@ -74,7 +74,7 @@ for name, version in {**wanted, "torch": sys.argv[2]}.items():
         found = "nothing"
     if found != version:
         wrong.append(f"{name}: {found} is installed, {version} is wanted")
-sys.exit("\n".join(wrong))
+sys.exit("\n".join(wrong) or 0)
 EOF
 if grep -q '^megatron-patch==' "$kit/requirements.txt"; then
     cd "$(dirname "$venv")" # not where a checkout may lie
