@@ -4,6 +4,7 @@
 # make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
+# make selfcheck    what a CPU can do of the selfcheck of a GPU machine, with small models (docs/gpu.md)
 # make test-wheel   every command of the wheel, in an environment without the checkout
 # make test-hosts   runs over ssh and pdsh on two hosts made of namespaces, healthy and broken; root, else skipped
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
@@ -20,9 +21,11 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
+# Whose torch the tests of older releases of megatron-core use.
+CORE_PYTHON ?= $(BIN)/python
 
-.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core test-wheel \
-	test-hosts test-megatron test-next lint docs bench clean
+.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core selfcheck \
+	test-wheel test-hosts test-megatron test-next lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -58,7 +61,11 @@ test-te:
 	.ci/test_te .venv-te
 
 test-core: setup
-	.ci/test_core $(BIN)/python 0.17.1 0.18.2
+	.ci/test_core $(CORE_PYTHON) 0.17.1 0.18.2
+
+selfcheck: setup
+	rm -rf runs/selfcheck-cpu
+	$(BIN)/python tools/gpu_selfcheck.py --cpu --quick --output runs/selfcheck-cpu
 
 test-wheel: setup
 	.ci/test_wheel $(BIN)/python

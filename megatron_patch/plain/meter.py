@@ -141,7 +141,7 @@ class AlignmentMeter:
                 raise ConfigError("iteration", iteration, f"one optimizer step, not {made}", "measure one at a time")
             self._meter.before_update(alignment=True, spectral=self._spectral)
             self._step.updated = True
-            table, _, skipped = self._meter.after_update(made == 1)
+            table, _, skipped = self._meter.after_update(made == 1).read()
         finally:
             self._forget()
         return [

@@ -241,6 +241,7 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master,
         scattered=bool(config.sequence_parallel) and shards > 1 and kind != "row" and not gathers_first,
         replica=master.replica,
         gathered_shape=(rows_local, width) if is_partitioned(weight.parameter) else None,
+        fixed_tokens=not is_expert,
     )
 
 
