@@ -1,8 +1,10 @@
-# make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures
+# make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures. FLAGS="..." go to
+#                   the run: FLAGS="--deepspeed --deepspeed-config configs/deepspeed/zero1.json" trains on DeepSpeed's engine
 # make test         set up and run the whole test suite
 # make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
+# make selfcheck    what a CPU can do of the selfcheck of a GPU machine, with small models (docs/gpu.md)
 # make test-wheel   every command of the wheel, in an environment without the checkout
 # make test-hosts   runs over ssh and pdsh on two hosts made of namespaces, healthy and broken; root, else skipped
 # make test-megatron MEGATRON_LM_DIR=...   with a checkout of Megatron-LM: its scripts, and its unit tests with our hooks
@@ -11,6 +13,7 @@
 # make figures-quick  its machinery in two minutes
 # make figures-draw   the figures and tables of docs/evidence.md from what is committed, in seconds
 # make docs         the pages of docs/ with the API, as a site in site/; fails on a link that leads nowhere
+# make test-next MEGATRON_LM_DIR=...   hooks, param groups, resume and hybrid models on a checkout of Megatron-LM's main
 # make lint bench   what their names say
 # Everything is installed into .venv; PYTHON=... chooses the interpreter (3.12 or newer).
 
@@ -18,9 +21,11 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
+# Whose torch the tests of older releases of megatron-core use.
+CORE_PYTHON ?= $(BIN)/python
 
-.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core test-wheel \
-	test-hosts test-megatron lint docs bench clean
+.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core selfcheck \
+	test-wheel test-hosts test-megatron test-next lint docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -31,7 +36,7 @@ $(VENV)/.installed: pyproject.toml .ci/find_python
 	@touch $@
 
 quickstart: setup
-	launch/quickstart.sh
+	launch/quickstart.sh $(FLAGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not hosts"
@@ -56,7 +61,11 @@ test-te:
 	.ci/test_te .venv-te
 
 test-core: setup
-	.ci/test_core $(BIN)/python 0.17.1 0.18.2
+	.ci/test_core $(CORE_PYTHON) 0.17.1 0.18.2
+
+selfcheck: setup
+	rm -rf runs/selfcheck-cpu
+	$(BIN)/python tools/gpu_selfcheck.py --cpu --quick --output runs/selfcheck-cpu
 
 test-wheel: setup
 	.ci/test_wheel $(BIN)/python
@@ -67,6 +76,9 @@ test-hosts: setup
 test-megatron: setup
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python tests/upstream_suite/compare.py
 	MEGATRON_LM_DIR="$(MEGATRON_LM_DIR)" $(BIN)/python -m pytest tests/upstream/test_megatron_lm.py
+
+test-next: setup
+	.ci/test_next $(BIN)/python "$(MEGATRON_LM_DIR)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,14 @@ need() {
     (($# > 1)) || die "$1 needs a value; see --help"
 }
 
+check_number() { # OPTION VALUE
+    [[ "$2" =~ ^[0-9]+$ ]] || die "$1 $2: expected an integer >= 0"
+}
+
+check_seconds() { # OPTION VALUE
+    [[ "$2" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$1 $2: expected a number of seconds, e.g. 600"
+}
+
 # What both scripts ask for before they start anything.
 check_start() { # CONFIG
     [[ -n "$1" ]] || die "--config is missing: give the YAML file to train from, e.g. configs/paper_llama_w128.yaml"

@@ -17,6 +17,9 @@ usage: launch/pretrain.sh --config FILE.yaml [option ...] [flag ...]
   --gpus LIST       instead of --num-gpus: these GPUs, e.g. 2,3
   --master-port P   default 29500; two jobs on one machine need two ports
   --restarts N      go on from the last checkpoint after a crash, at most N times; --load must be --save
+  --hang-timeout S  seconds that a step may take before the run counts as hung and is ended; 0: for ever.
+                    Default: 5 times the slowest step so far, at least 300
+  --hang-timeout-slow S   the same for the start with its first steps, for a checkpoint and for the end; default 1800
   --log-dir DIR     one log file per rank instead of one stream
   --help
 
@@ -35,7 +38,8 @@ launcher=()
 flags=()
 while (($#)); do
     case "$1" in
-        --config=* | --num-gpus=* | --gpus=* | --master-port=* | --log-dir=* | --restarts=*)
+        --config=* | --num-gpus=* | --gpus=* | --master-port=* | --log-dir=* | --restarts=* | \
+            --hang-timeout=* | --hang-timeout-slow=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -43,7 +47,8 @@ while (($#)); do
         --num-gpus) need "$@" && num_gpus="$2" ;;
         --gpus) need "$@" && gpus="$2" ;;
         --master-port) need "$@" && launcher+=(--master_port "$2") ;;
-        --restarts) need "$@" && watch+=(--restarts "$2") ;;
+        --restarts) need "$@" && check_number "$1" "$2" && watch+=(--restarts "$2") ;;
+        --hang-timeout | --hang-timeout-slow) need "$@" && check_seconds "$1" "$2" && watch+=("$1" "$2") ;;
         --log-dir) need "$@" && watch+=(--log-dir "$2") && launcher+=(--enable_each_rank_log "$2") ;;
         --help | -h)
             usage

@@ -20,8 +20,11 @@ usage: launch/pretrain_multinode.sh --config FILE.yaml --hostfile FILE [option .
   --no-ssh            start the ranks of this machine only; run the same command on every machine, each with its
   --node-rank K       line number in the hostfile, from 0
   --log-dir DIR       one log file per rank instead of one stream; with ssh in a folder per machine, DIR/HOST
-  --restarts N        go on from the last checkpoint after a crash, at most N times (with ssh); --load must be --save
-  --no-doctor         do not compare the machines before the start (with ssh)
+  --restarts N        go on from the last checkpoint after a crash, at most N times; --load must be --save
+  --hang-timeout S    seconds that a step may take before the run counts as hung and is ended; 0: for ever.
+                      Default: 5 times the slowest step so far, at least 300
+  --hang-timeout-slow S   the same for the start with its first steps, for a checkpoint and for the end; default 1800
+  --no-doctor         do not compare the machines before the start
   --help
 
 Everything else goes to `megatron_patch run` as it is: [SCRIPT.py], Megatron's flags, megatron_patch's flags.
@@ -51,7 +54,8 @@ flags=()
 while (($#)); do
     case "$1" in
         --config=* | --hostfile=* | --master-addr=* | --master-port=* | --ssh-port=* | --env=* | \
-            --node-rank=* | --log-dir=* | --restarts=*)
+            --node-rank=* | --log-dir=* | --restarts=* | \
+            --hang-timeout=* | --hang-timeout-slow=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -63,7 +67,8 @@ while (($#)); do
         --env) need "$@" && environment+=("$2") ;;
         --node-rank) need "$@" && node_rank="$2" ;;
         --log-dir) need "$@" && log_dir="$2" ;;
-        --restarts) need "$@" && watch+=(--restarts "$2") ;;
+        --restarts) need "$@" && check_number "$1" "$2" && watch+=(--restarts "$2") ;;
+        --hang-timeout | --hang-timeout-slow) need "$@" && check_seconds "$1" "$2" && watch+=("$1" "$2") ;;
         --no-doctor)
             watch+=(--no-doctor)
             shift
@@ -113,8 +118,8 @@ if [[ "$ssh" == false ]]; then
     # Without it DeepSpeed asks the first host over ssh, --no_ssh or not.
     [[ -n "$master_addr" ]] || die "--no-ssh needs --master-addr, the address of the first machine"
     [[ -z "$log_dir" ]] || launcher+=(--enable_each_rank_log "$log_dir") watch+=(--log-dir "$log_dir")
-    run_watched --one-of-several "${watch[@]}" \
-        -- deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
+    run_watched --hostfile "$hostfile" --node-rank "$node_rank" --master-addr "$master_addr" \
+        --master-port "$master_port" "${watch[@]}" -- deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" "${launcher[@]}" "${run[@]}"
 fi
 
 [[ -z "$node_rank" ]] || die "--node-rank $node_rank: only together with --no-ssh"

@@ -11,14 +11,17 @@ from megatron_patch.entry.parsers import command_parser
 from megatron_patch.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
+    from megatron_patch.entry.asked import Asked
+    from megatron_patch.hosts.check import Wanted
     from megatron_patch.hosts.remote import Hosts
 
 EXAMPLE = """examples:
   {started} --hostfile hosts --config configs/target_7b_h100_bf16.yaml --save /runs/7b
   {started} --hostfile hosts --end 20261129-115426-96fa6666
 Asked over ssh, of all hosts at once: does it answer without a password, is the working directory there, are Python,
-packages and config those of the first host, is the master port free, can --save be written to and how much room is
-there, is it one place for all, are processes of another job running, is the clock right. Exit code 1 if a run would
+packages, config and data (size, and a hash of samples of each .idx and .bin) those of the first host, are there as many
+GPUs as slots, free, and of one kind (nvidia-smi), is the master port free, can --save be written to and how much room
+is there, is it one place for all, are processes of another job running, is the clock right. Exit code 1 if a run would
 fail or be wrong. launch/pretrain_multinode.sh asks the same before it starts."""
 
 
@@ -27,7 +30,15 @@ def parser(started: str) -> argparse.ArgumentParser:
     result = command_parser(started, __doc__, EXAMPLE)
     result.add_argument("--hostfile", required=True, metavar="FILE", help='one line "HOST slots=GPUS" per machine')
     result.add_argument("--ssh-port", metavar="P", help="of sshd on every host; default: what ssh itself thinks")
-    result.add_argument("--config", metavar="FILE", help="a file that must be the same everywhere")
+    result.add_argument(
+        "--config", metavar="FILE", help="flags as YAML: must be the same everywhere, and names data, save, cpu"
+    )
+    result.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="datasets that must be the same everywhere, in place of its own",
+    )
     result.add_argument("--save", metavar="DIR", help="the folder that the run will save to")
     result.add_argument("--master-port", type=int, default=29500, metavar="P", help="default: 29500")
     result.add_argument("--end", metavar="JOB", help="end all processes of this job on all hosts, and do no more")
@@ -42,9 +53,11 @@ def main(argv: Sequence[str] | None = None, started: str = "megatron-patch docto
         from megatron_patch.hosts.check import read_hostfile
         from megatron_patch.hosts.remote import Hosts
 
-        hosts = Hosts(read_hostfile(args.hostfile), args.ssh_port)
+        slots = read_hostfile(args.hostfile)
+        wanted = None if args.end else asked(args).wanted(args.master_port, slots)
+        hosts = Hosts(list(slots), args.ssh_port)
         try:
-            return _end(hosts, args.end) if args.end else _examine(hosts, args)
+            return _examine(hosts, wanted) if wanted else _end(hosts, args.end)
         finally:
             hosts.close()
 
@@ -63,14 +76,26 @@ def _end(hosts: "Hosts", job: str) -> int:
     return code
 
 
-def _examine(hosts: "Hosts", args: argparse.Namespace) -> int:
-    from megatron_patch.hosts.check import HELLO, Wanted, examine, see
+def asked(args: argparse.Namespace) -> "Asked":
+    """Return what the command line and the config say of the run.
+
+    Raises:
+        ConfigError: the config cannot be read.
+    """
+    from megatron_patch.entry.asked import Asked
+    from megatron_patch.files.yaml_flags import load_yaml
+
+    words = ["--save", args.save] if args.save else []
+    words += ["--data-path", *args.data_path] if args.data_path else []
+    return Asked.of_flags(args.config, load_yaml(args.config) if args.config else {}, words)
+
+
+def _examine(hosts: "Hosts", wanted: "Wanted") -> int:
+    from megatron_patch.hosts.check import HELLO, examine, see
 
     began = time.monotonic()
     hosts.ask("ping", within=HELLO)
-    files = (args.config,) if args.config else ()
-    save = args.save and os.path.abspath(args.save)
-    troubles = examine(hosts, Wanted(os.getcwd(), files, save, args.master_port))
+    troubles, save = examine(hosts, wanted), wanted.save
     fatal = any(trouble.fatal for trouble in troubles)
     for host in hosts.remotes:
         of_host = [str(trouble) for trouble in troubles if trouble.host == host]

@@ -16,6 +16,7 @@ from megatron_patch.entry.exits import exit_code
 from megatron_patch.entry.main import started_as
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.yaml_flags import flag_name, load_yaml
+from megatron_patch.hosts.heartbeat import Heart
 
 if TYPE_CHECKING:
     from megatron_patch.upstream.patch import Session
@@ -216,6 +217,7 @@ def _run(argv: Sequence[str]) -> None:
     path, script, arguments = split_command_line(argv)
     flags = load_yaml(path) if path else {}
     first_on_path(script)
+    heart = Heart.of_a_watched_rank()
     if asked_for("cpu", flags, arguments):
         from megatron_patch.upstream.cpu.platform import activate
 
@@ -225,6 +227,10 @@ def _run(argv: Sequence[str]) -> None:
 
     session = Session()
     arguments = megatron_arguments(path, flags, arguments, session)
+    if heart:
+        from megatron_patch.upstream.heartbeat import heartbeat_hooks
+
+        session.add(heartbeat_hooks(heart))
     sys.argv = [script, *arguments]
     try:
         run_as_main(script)

@@ -34,6 +34,10 @@ NOISE = 0.0005
 """Prior of sigma over the loss: what repeating a run with another seed typically does. It counts as one point."""
 CONTRAST = 3.5
 """The losses must vary by this many times their noise, and more where few points tell the noise."""
+GRID = {1: 5, 2: 25}
+"""Places of a plain grid over one and two hyperparameters, to whose variation `CONTRAST` refers."""
+CHANCE = 3.0
+"""Standard deviations of what noise alone adds to the variation of more places."""
 DRAWS = 2000
 OUTLIER_LEVEL = 0.01
 """Chance that a sweep without outliers loses a point."""
@@ -192,6 +196,33 @@ def _fit(x: Array, y: Array, highest: int | None = None) -> _Fit:
     return _Fit(center, solve, scale, coefficients, residuals / sigma, sigma, freedom + replicates + 1, means.min())
 
 
+def _stands_out(x: Array, y: Array, found: _Fit) -> bool:
+    """Return whether the mean losses of the places vary by more than noise.
+
+    Compared are sums of squares, so that more places near the minimum, which vary little, cannot hide what there is.
+    """
+    places, inverse = np.unique(x, axis=0, return_inverse=True)
+    means = np.bincount(inverse.reshape(-1), y) / np.bincount(inverse.reshape(-1))
+    n, k = len(places) - 1, x.shape[1]
+    noise = found.sigma**2
+    if k == 1 and n > 2 * GRID[k]:
+        # Sigma is too low where what lifts most places is noise: places high up have little say in it.
+        noise = max(noise, _between_neighbours(places[:, 0], means))
+    plain = min(n, GRID[k] - 1)
+    needed = n + (CONTRAST**2 - 1) * plain + CHANCE * (math.sqrt(2 * n) - math.sqrt(2 * plain))
+    return float(np.sum((means - means.mean()) ** 2)) >= (1 + 8 / found.freedom) * needed * noise
+
+
+def _between_neighbours(x: Array, y: Array) -> float:
+    """Return the noise variance of a smooth curve at many places, from how far each is off the line of its neighbours.
+
+    Source: Gasser, Sroka and Jennen-Steinmetz, Biometrika 73 (1986). `x` is sorted.
+    """
+    share = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
+    off = share * y[:-2] + (1 - share) * y[2:] - y[1:-1]
+    return float(np.mean(off**2 / (share**2 + (1 - share) ** 2 + 1)))
+
+
 @_in_one_thread
 def fit(x: Array, y: Array, *, seed: int = 0) -> Surface | None:
     """Fit the loss near its minimum; None without a minimum within reach that stands out of the noise.
@@ -208,9 +239,7 @@ def fit(x: Array, y: Array, *, seed: int = 0) -> Surface | None:
     reach = float(np.ptp(x, axis=0).max())
     found = _fit(x, y)
     at = _minimise(found.coefficients[None], k, reach)
-    places, inverse = np.unique(x, axis=0, return_inverse=True)
-    means = np.bincount(inverse.reshape(-1), y) / np.bincount(inverse.reshape(-1))
-    if np.isnan(at).any() or float(np.var(means, ddof=1)) < (1 + 8 / found.freedom) * (CONTRAST * found.sigma) ** 2:
+    if np.isnan(at).any() or not _stands_out(x, y, found):
         return None
     generator = np.random.default_rng(seed)
     n = len(found.residuals)

@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_patch.hosts.facts import existing, facts
+from megatron_patch.hosts.heartbeat import beats, stacks
 from megatron_patch.hosts.processes import Watch, end, processes, watched
 from megatron_patch.hosts.save_lock import BEAT, Lock
 
-PARTS = ("processes", "save_lock", "facts", "agent")
+PARTS = ("processes", "heartbeat", "save_lock", "same", "facts", "agent")
 """The modules that are sent, each after those that it imports."""
 SILENCE = 60.0
 """Seconds without a word from the launching side after which it counts as lost; it speaks every few seconds."""
@@ -46,6 +47,14 @@ class Agent:
         alive = processes(self._job) if self._job else []
         launchers = sum(not process.rank for process in alive)
         return {"launchers": launchers, "others": len(alive) - launchers}
+
+    def do_beats(self) -> list[dict[str, Any]]:
+        """Where the job's ranks are."""
+        return beats(processes(self._job)) if self._job else []
+
+    def do_stacks(self) -> dict[str, list[list[Any]]]:
+        """What the job's ranks are doing, by rank: the frames of their main threads."""
+        return stacks(processes(self._job)) if self._job else {}
 
     def do_watched(self, job: str) -> bool:
         """Whether another agent watches a job here."""

@@ -4,8 +4,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_patch.errors import ConfigError
@@ -20,6 +20,10 @@ SEEN = 10.0
 """Seconds after which a file that one host wrote is seen by the others, where it is the same file system."""
 
 
+IN_USE = 1024
+"""MiB of a GPU above which it is not free: an idle one has a few hundred."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a job wants of its hosts."""
@@ -32,6 +36,10 @@ class Wanted:
     """--save, absolute."""
     port: int = 29500
     """The master port, on the first host."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Megatron's arguments that name data, by attribute name."""
+    slots: Mapping[str, int] | None = None
+    """GPUs that each host must have; None: GPUs are not looked at."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Trouble:
         return f"{self.host}: {'' if self.fatal else 'warning: '}{self.text}"
 
 
-def read_hostfile(path: str) -> tuple[str, ...]:
-    """Return the hosts of a hostfile, in its order.
+def read_hostfile(path: str) -> dict[str, int]:
+    """Return the hosts of a hostfile in its order, with the slots of each; 1 where none are given.
 
     Raises:
         ConfigError: it cannot be read, or has no host.
@@ -58,10 +66,15 @@ def read_hostfile(path: str) -> tuple[str, ...]:
             lines = [line.partition("#")[0].split() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--hostfile", path, "a readable file", f"check the path ({error})") from None
-    names = tuple(dict.fromkeys(words[0] for words in lines if words))
+    names = {words[0]: _slots(words[1:]) for words in lines if words}
     if not names:
         raise ConfigError("--hostfile", path, 'one line "HOST slots=GPUS" per machine', "write them")
     return names
+
+
+def _slots(words: Sequence[str]) -> int:
+    given = (word.removeprefix("slots=") for word in words if word.startswith("slots="))
+    return next((int(number) for number in given if number.isdigit()), 1)
 
 
 def greet(hosts: Hosts) -> None:
@@ -91,8 +104,9 @@ def examine(hosts: Hosts, wanted: Wanted) -> list[Trouble]:
         "packages": [*PACKAGES, "megatron-patch"],
         "save": wanted.save,
     }
+    rest: dict[str, Any] = {"arguments": dict(wanted.data), "gpu": wanted.slots is not None}
     first = hosts.first.ask("facts", port=wanted.port, **common)
-    answers = hosts.ask("facts", port=None, **common)
+    answers = hosts.ask("facts", port=None, **common, **rest)
     ended = time.time()
     troubles = []
     with contextlib.suppress(Lost, OSError):  # then its other answer is one, too
@@ -126,6 +140,14 @@ def _of_host(
             found.append(Trouble(host, f"{name} {ours}, on {first} {theirs}"))
     if facts["python"] != reference["python"]:
         found.append(Trouble(host, f"Python {facts['python']}, on {first} {reference['python']}"))
+    for what in sorted({*facts["data"], *reference["data"]}):
+        ours, theirs = (entry["data"].get(what, "not there") for entry in (facts, reference))
+        if ours != theirs:
+            found.append(Trouble(host, f"{what} is not that of {first} ({ours}; there {theirs})"))
+        elif ours.startswith("unreadable"):
+            found.append(Trouble(host, f"{what} is {ours}", fatal=False))  # a script may read other formats
+    if wanted.slots is not None:
+        found += of_gpus(host, facts["gpus"], first, reference["gpus"], wanted.slots.get(host, 1))
     if wanted.save is not None:
         if not facts["writable"]:
             found.append(Trouble(host, f"--save {wanted.save} cannot be written to"))
@@ -134,6 +156,29 @@ def _of_host(
     for job in facts["jobs"]:
         found.append(Trouble(host, f"processes of the job {job} are running", fatal=False))
     return found
+
+
+def of_gpus(host: str, found: Mapping[str, Any], first: str, reference: Mapping[str, Any], slots: int) -> list[Trouble]:
+    """Return what is wrong with a host's GPUs, of which `slots` are wanted; compared with those of the first host."""
+    if why := found.get("trouble"):
+        # Without the tool nothing is known: GPUs of another maker have another.
+        return [Trouble(host, f"{why}, and slots={slots} GPUs are asked for", fatal=not why.startswith("there is no"))]
+    troubles = []
+    listed = found["gpus"]
+    if len(listed) < slots:
+        troubles.append(Trouble(host, f"slots={slots} in the hostfile, and nvidia-smi lists {len(listed)} GPUs"))
+    for number, (name, total, used) in enumerate(listed[:slots]):
+        if used is not None and used > IN_USE:
+            text = f"GPU {number} ({name}) has {used:,} of {total or 0:,} MiB in use: by another job?"
+            troubles.append(Trouble(host, text, fatal=False))
+    theirs = reference.get("gpus") or []
+    if theirs and listed and listed[0][:2] != theirs[0][:2]:
+        kinds = [f"{entry[0][0]} with {entry[0][1]} MiB" for entry in (listed, theirs)]
+        troubles.append(Trouble(host, f"its GPUs are {kinds[0]}, on {first} {kinds[1]}", fatal=False))
+    if reference.get("driver", found["driver"]) != found["driver"]:
+        text = f"NVIDIA driver {found['driver']}, on {first} {reference['driver']}"
+        troubles.append(Trouble(host, text, fatal=False))
+    return troubles
 
 
 def _short(said: str) -> str:

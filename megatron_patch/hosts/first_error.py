@@ -53,8 +53,10 @@ class FirstError:
 
     def __init__(self, hosts: list[str]) -> None:
         self._hosts = set(hosts)
-        self._first: Finding | None = None
-        self._peer: Finding | None = None
+        self.own: Finding | None = None
+        """The first error that is not about another rank's end."""
+        self.peer: Finding | None = None
+        """The first one that is."""
         self._progress = 0
         self.certain = False
         """Something was found that ends a run, and not only read."""
@@ -83,7 +85,7 @@ class FirstError:
         elif _PROGRESS.match(text):
             self._progress += 1
             if self._progress >= _HANDLED and not self.certain:
-                self._first = self._peer = None
+                self.own = self.peer = None
         elif _ERROR.match(text):
             self._progress = 0
             self._add(Finding(host, where + text.strip()[:500]), peer=bool(_PEER.search(text)))
@@ -100,16 +102,16 @@ class FirstError:
     def _add(self, finding: Finding, peer: bool) -> None:
         """`peer`: it may well be about another rank's end."""
         if peer:
-            self._peer = self._peer or finding
+            self.peer = self.peer or finding
         else:
-            self._first = self._first or finding
+            self.own = self.own or finding
 
     def forget(self, host: str) -> None:
         """Take back what was found of a host: it was mended."""
-        if self._first and self._first.host == host:
-            self._first = None
+        if self.own and self.own.host == host:
+            self.own = None
 
     @property
     def first(self) -> Finding | None:
         """The first error; one about another rank's end only where there is no other."""
-        return self._first or self._peer
+        return self.own or self.peer

@@ -1,7 +1,6 @@
 """One launch on several hosts, from its start to a verdict that can be believed."""
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
@@ -17,8 +16,10 @@ from types import FrameType
 from typing import IO, Any
 
 from megatron_patch.errors import ExitCode
-from megatron_patch.files.run_json import RUN_JSON, RunJson, Status
+from megatron_patch.files.run_json import JOB, RUN_JSON, RunJson, Status
+from megatron_patch.hosts.children import adopt_orphans, end_children
 from megatron_patch.hosts.first_error import Finding, FirstError
+from megatron_patch.hosts.hang import Allowed, Pulse
 from megatron_patch.hosts.remote import Event, Hosts, Lost
 
 GRACE = 10.0
@@ -48,6 +49,8 @@ class Job:
     """The folder of run.json, absolute; None if the run writes none."""
     log_dir: str | None
     """Where DeepSpeed writes a log per rank, absolute, with %h for the host; None if they print."""
+    allowed: Allowed
+    """How long nothing may go on."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,21 @@ class Launch:
         job: what is started.
         hosts: where, with their agents.
         name: before what is said, e.g. that of the script.
+        elsewhere: hosts that start their own part of the job, by the same command.
     """
 
-    def __init__(self, job: Job, hosts: Hosts, name: str) -> None:
+    def __init__(self, job: Job, hosts: Hosts, name: str, elsewhere: Sequence[str] = ()) -> None:
         self._job, self._hosts, self._name = job, hosts, name
         self._errors = FirstError(list(job.hosts))
+        self._alone = job.hosts[0] if len(job.hosts) == 1 or elsewhere else ""
+        self._elsewhere = set(elsewhere)
+        self.last = ""
+        """What was said last."""
         self._signal: int | None = None
         self._signals = 0
         self._stop_at: float | None = None
         self._streams = 0
+        self._ending = False
         self._deaf = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -86,7 +95,10 @@ class Launch:
             self._hosts.ask("watch", job=self._job.id)
             began = time.time()
             if self._signal is None:
+                pulse = Pulse(self._hosts, self._job.allowed)
+                pulse.start()
                 code = self._follow(command, environment)
+                pulse.stop()
             else:
                 code = None
             alive = self._alive()
@@ -107,6 +119,7 @@ class Launch:
 
     def say(self, text: str) -> None:
         """Print one line to stderr."""
+        self.last = text
         with contextlib.suppress(OSError):
             print(f"{self._name}: {text}", file=sys.stderr, flush=True)
 
@@ -114,7 +127,9 @@ class Launch:
 
     def _follow(self, command: Sequence[str], environment: Mapping[str, str]) -> int | None:
         """Start the command and pass on what it prints, until it ends or something is found that must end it."""
-        adopt_orphans()
+        if JOB not in environment:
+            # pdsh's ssh have no job id. Where all have one, a dead one that stayed with us would keep others waiting.
+            adopt_orphans()
         # In a group of its own: Ctrl-C is for us, and DeepSpeed's own answer to it, pkill by name, hits other jobs.
         process = subprocess.Popen(
             command,
@@ -130,8 +145,12 @@ class Launch:
             assert stream is not None
             self._streams += 1
             threading.Thread(target=self._read, args=(stream, to), daemon=True).start()
-        while process.poll() is None and not self._over():
+        for host in self._elsewhere:
+            self._hosts.remotes[host].ask("start")
+        while (process.poll() is None or self._elsewhere) and not self._over():
             self._take(0.5)
+            if process.returncode:
+                self._stop_within(GRACE)
         code = process.poll()
         if code is not None and code < 0:
             how = signal.Signals(-code).name
@@ -164,8 +183,7 @@ class Launch:
         if not line.text:
             self._streams -= 1
             return
-        alone = self._job.hosts[0] if len(self._job.hosts) == 1 else ""
-        self._errors.read(line.text.decode(errors="replace"), alone)
+        self._errors.read(line.text.decode(errors="replace"), self._alone)
         if self._errors.failed:
             self._stop_within(GRACE)
         if self._deaf:
@@ -180,6 +198,7 @@ class Launch:
     def _noticed(self, event: Event) -> None:
         host, particulars = event.host, event.particulars
         if event.name == "lost":
+            self._elsewhere.discard(host)
             self._fault(Finding(host, f"lost: {particulars['why']}"), 2)
         elif event.name == "orphans":
             ranks = ", ".join(particulars["ranks"]) or "none"
@@ -189,14 +208,33 @@ class Launch:
                 # the launcher of a killed rank ends in the same way, and then says which signal it was
                 peer=bool(self._errors.first),
             )
+        elif event.name == "ended":
+            self._ended(host, particulars)
+        elif event.name == "asked":
+            self._signal = self._signal or particulars["signal"]
+        elif event.name == "hung":
+            for line in particulars["lines"]:
+                self.say(line)
+            self._fault(Finding(host, particulars["text"]), 0)
         elif event.name == "stopped":
             at = time.strftime("%H:%M:%S")
             text = f"process {particulars['pid']} of rank {particulars['rank'] or '-'} is stopped (SIGSTOP) since {at}"
-            self.say(f"{host}: {text}; the others wait for it until --distributed-timeout-minutes")
+            self.say(f"{host}: {text}; the others wait for it")
             self._errors.told(Finding(host, text))
         elif event.name == "goes_on":
             self.say(f"{host}: process {particulars['pid']} goes on")
             self._errors.forget(host)
+
+    def _ended(self, host: str, particulars: Mapping[str, Any]) -> None:
+        """The command of a host that starts its own part has ended."""
+        self._elsewhere.discard(host)
+        if not particulars["code"] or self._ending:
+            return
+        for text, peer in ((particulars["first"], False), (particulars["peer"], True)):
+            if text:
+                self._errors.certainly(Finding(host, text), peer=peer)
+        self._errors.failed.append((host, particulars["code"]))
+        self._stop_within(GRACE)
 
     def _fault(self, finding: Finding, grace: float, peer: bool = False) -> None:
         self._errors.certainly(finding, peer=peer)
@@ -241,9 +279,10 @@ class Launch:
 
     def _end_everywhere(self) -> list[str]:
         """End what is left of the job; return, in words, what could not be ended."""
+        self._ending = True
         patience = PATIENCE_ASKED if self._signal else PATIENCE
         answers = self._ask_end(patience)
-        end_children(keep={remote.pid for remote in self._hosts.remotes.values()})
+        end_children(keep={remote.pid for remote in self._hosts.remotes.values() if remote.pid})
         answers |= {host: again for host, again in self._ask_end(0).items() if isinstance(again, dict)}
         left = []
         for host, answer in answers.items():
@@ -349,28 +388,3 @@ def full(hosts: Hosts, save: str) -> str:
     room = hosts.ask("room", path=save)
     found = {host: left for host, left in room.items() if isinstance(left, int) and left < ROOM}
     return "".join(f"; {host} has {left / 2**20:.0f} MiB free at --save {save}" for host, left in found.items())
-
-
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent dies: pdsh's ssh are then still found."""
-    ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, Linux 3.4
-
-
-def end_children(keep: set[int]) -> None:
-    """End the launcher's processes on this machine, and not those in `keep`, the agents' connections."""
-    for pid in _descendants(os.getpid(), keep):
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int, without: set[int]) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                children.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(name))
-    found, todo = [], [child for child in children.get(pid, []) if child not in without]
-    while todo:
-        found.append(todo.pop())
-        todo += children.get(found[-1], [])
-    return found

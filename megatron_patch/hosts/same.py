@@ -1,4 +1,7 @@
-"""What a rank would train with: versions, variables, source files, data; short texts to compare with other hosts'."""
+"""What a rank would train with: versions, variables, source files, data; short texts to compare with other hosts'.
+
+Standard library alone, as everything that an agent is made of (`megatron_patch.hosts.agent`).
+"""
 
 import hashlib
 import importlib.metadata
@@ -8,7 +11,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("megatron-core", "torch", "transformer-engine", "numpy", "deepspeed", "apex", "flash-attn")
 """Whose versions must agree, beside Python's."""
@@ -18,6 +23,10 @@ SWITCHES = ("NVTE_", "NVIDIA_TF32_OVERRIDE", "MAMBA_", "TRITON_F32")
 """Beginnings of environment variables that change what is computed. Not MEGATRON_: a launch on every host has its own
 MEGATRON_PATCH_JOB."""
 VARIABLE = "the variable "
+DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+"""Megatron's arguments that name datasets, each with or without its weight."""
+FILES = ("tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path")
+"""Those that name a file, or something else."""
 SAMPLE_BYTES = 65_536
 SAMPLES = 16
 """A large file's hash is of its size, and of so many pieces of that size, the first and the last among them."""
@@ -85,6 +94,40 @@ def sampled(path: str) -> str:
     except OSError as error:  # whoever opens it to train will say so too; here it must not leave the others waiting
         return f"unreadable ({error.strerror})"
     return f"{size:,} bytes, sha256 {found.hexdigest()[:12]}"
+
+
+def data(arguments: Mapping[str, Any], folder: str = "") -> dict[str, str]:
+    """Return size and hash of samples of every dataset and file that Megatron's arguments name.
+
+    Args:
+        arguments: by attribute name.
+        folder: that paths are relative to; else the working directory.
+    """
+    paths: dict[str, str] = {}
+    for name in DATA:
+        for word in arguments.get(name) or ():
+            if "://" in word or _is_number(word):  # an object store, or the weight of the next dataset
+                continue
+            for ending in (".idx", ".bin"):
+                what = f"the file {os.path.basename(word)}{ending}"
+                namesakes = sum(other.startswith(what) for other in paths)
+                what += f" ({namesakes + 1})" if namesakes else ""
+                paths[f"{what} of --{name.replace('_', '-')}"] = os.path.join(folder, f"{word}{ending}")
+    for name in FILES:
+        path = arguments.get(name)
+        if isinstance(path, str) and os.path.isfile(os.path.join(folder, path)):
+            paths[f"the file of --{name.replace('_', '-')}"] = os.path.join(folder, path)
+    # A network file system answers many at a time.
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(paths, pool.map(sampled, paths.values()), strict=True))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

@@ -16,6 +16,8 @@ BEAT = 3.0
 """Seconds between two rewritings."""
 BEATS_MISSED = 10
 """A lock that has not changed for so many beats is a dead job's."""
+PRIVATE = 0o600
+"""Its permissions where it holds a secret."""
 SIZE = 1024
 """Bytes of the file: of several that write it at a time, the last one's text is there as a whole."""
 
@@ -34,6 +36,7 @@ class Lock:
     def __init__(self, folder: str, record: dict[str, Any]) -> None:
         self.path = os.path.join(folder, LOCK)
         self._record, self._count = record, 0
+        self._mode = PRIVATE if "secret" in record else 0o644
         self.held = False
         """Whether it is ours."""
 
@@ -53,7 +56,7 @@ class Lock:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         if over is None:
             try:
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, self._mode))
             except FileExistsError:
                 return self._watch()
             self._write()
@@ -102,11 +105,20 @@ class Lock:
     def _write(self) -> None:
         self._count += 1
         text = json.dumps({**self._record, "beat": self._count})
-        file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+        file = os.open(self.path, os.O_CREAT | os.O_WRONLY, self._mode)
         try:
+            if self._mode == PRIVATE and os.fstat(file).st_mode & 0o777 != PRIVATE:
+                os.fchmod(file, PRIVATE)  # a dead job's
             os.pwrite(file, text.ljust(SIZE)[:SIZE].encode(), 0)
         finally:
             os.close(file)
+
+
+def read(folder: str) -> dict[str, Any]:
+    """Return what the lock in --save says; empty if there is none."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, LOCK), encoding="utf-8", errors="replace") as file:
+        return _parsed(file.read())
+    return {}
 
 
 def _parsed(text: str) -> dict[str, Any]:

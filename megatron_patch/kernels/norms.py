@@ -77,6 +77,7 @@ def build_norm(config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Mod
             "--normalization", config.normalization, "LayerNorm or RMSNorm on CPU", "choose one of the two"
         )
     norm = norms[config.normalization](hidden_size, eps, zero_centered=config.layernorm_zero_centered_gamma)
+    norm.returns_residual = False  # type: ignore[assignment]  # asked for from 0.20 on
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm

@@ -62,6 +62,12 @@ class NormForecast:
         rms, b = self.weight_rms(layer), self._update_rms.get(layer, 1.0)
         return b * lr / rms if rms and b is not None and lr > 0 else None
 
+    def snapshot(self) -> "NormForecast":
+        """Return one that stays as this one is now."""
+        copy = NormForecast(self._group_of, self._initial_rms)
+        copy._factors = dict(self._factors)
+        return copy
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, the same on every rank, for a checkpoint."""
         return {"initial_rms": dict(self._initial_rms), "factors": {g: list(f) for g, f in self._factors.items()}}

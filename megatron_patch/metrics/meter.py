@@ -1,13 +1,15 @@
 """One measured optimizer step: from inputs and weights on every rank to sums of squares over the whole model."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from megatron_patch.metrics.beside import Beside, OnItsWay
 from megatron_patch.metrics.probes import Probes
+from megatron_patch.metrics.products import full_precision, product
 from megatron_patch.metrics.reduce import (
     BUCKET_ELEMENTS,
     PartialSums,
@@ -21,7 +23,7 @@ from megatron_patch.metrics.registry import Registry
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.slices import Block, SliceExchange, gradient_update_
 from megatron_patch.metrics.spectral import TopSingularValues
-from megatron_patch.metrics.views import Captured, CapturePoint, Group, LinearView, SublayerView, group_rank
+from megatron_patch.metrics.views import Captured, CapturePoint, Group, LinearView, SublayerView, group_rank, group_size
 
 SLOTS = (
     "weight",  # ‖W‖^2
@@ -41,15 +43,26 @@ SUBLAYER_SLOTS = ("output", "tokens")
 """What is reduced for each sublayer: the sum of squares of its output, and the tokens."""
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32, even where the run allows TF32 (10 bits, relative error 1e-3) for its own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class Sums:
+    """The reduced sums of a measured step, on their way from the device.
+
+    Args:
+        packed: everything in one vector, as `Meter` packs it.
+        rows, sublayers: how many lines and sublayers there are.
+    """
+
+    def __init__(self, packed: Tensor, rows: int, sublayers: int) -> None:
+        self._packed = OnItsWay(packed)
+        self._rows, self._sublayers = rows, sublayers
+
+    def read(self) -> tuple[Tensor, Tensor, bool]:
+        """Return sums per line [lines, SLOTS] and per sublayer [sublayers, SUBLAYER_SLOTS], float64 on the host.
+
+        And whether any rank skipped the step (then the update's sums mean nothing). Waits for the device, if need be.
+        """
+        packed = self._packed.arrived()
+        table, sublayers = _unpacked(packed, self._rows, self._sublayers)
+        return table, sublayers, bool(packed[-1] > 0)
 
 
 class Meter:
@@ -94,6 +107,7 @@ class Meter:
         self._require_equal_slices()
         self._partials = {id(v.shard_group): PartialSums(v.shard_group) for v in self._views if v.kind == "row"}
         self._spectral = TopSingularValues(views)
+        self._beside = Beside(device)
         self.probes = Probes(points, sublayers)
         self._tokens = 0
         self._reset()
@@ -104,8 +118,7 @@ class Meter:
         self._packed = torch.zeros(
             rows * len(SLOTS) + sublayers * len(SUBLAYER_SLOTS) + 1, dtype=torch.float64, device=self._device
         )
-        self._table = self._packed[: rows * len(SLOTS)].view(rows, len(SLOTS))
-        self._sublayer_table = self._packed[rows * len(SLOTS) : -1].view(sublayers, len(SUBLAYER_SLOTS))
+        self._table, self._sublayer_table = _unpacked(self._packed, rows, sublayers)
         self._captured: dict[str, Captured] = {}
         self._old: dict[str, Tensor] = {}
         self._hyperparameters: dict[str, tuple[float, float]] = {}
@@ -159,33 +172,37 @@ class Meter:
                 for chunk in self._chunks(self._views):
                     inputs = self._inputs(chunk)
                     for view in chunk:
-                        self._output_sums(
-                            view, "weight_output", Block(slice(None), view.weight().float()), inputs[view.name]
-                        )
+                        self._output_sums(view, "weight_output", Block(slice(None), view.weight()), inputs[view.name])
                 for view in self._views:
                     self._hyperparameters[view.name] = view.master.hyperparameters()
                     self._old[view.name] = view.master.read().clone()
 
-    def after_update(self, succeeded: bool) -> tuple[Tensor, Tensor, bool]:
+    def after_update(self, succeeded: bool) -> Sums:
         """Measure the update and reduce everything in one all-reduce.
+
+        On a GPU only the updates themselves are formed in the optimizer's stream, which may then change the weights
+        again; their products are made beside the next step, and nothing here waits for the device.
 
         Args:
             succeeded: whether this rank's optimizer made the step.
 
         Returns:
-            Sums per line [lines, SLOTS] and per sublayer [sublayers, SUBLAYER_SLOTS], float64 on the device, and
-            whether any rank skipped the step (then the update's sums mean nothing).
+            What is read later; the same on every rank.
         """
         with torch.no_grad(), full_precision():
-            if self._old:
-                self._update_sums()
-            for partial in self._partials.values():
-                partial.flush()
-            self._packed[-1] = 0.0 if succeeded else 1.0
-            all_reduce_sum(self._packed, self._world)
-        table, sublayers, skipped = self._table, self._sublayer_table, self._packed[-1].item() > 0
+            deltas = self._updates()
+            inputs = (captured.inputs for captured in self._captured.values())
+            partials = chain.from_iterable(partial.held for partial in self._partials.values())
+            with self._beside.work(chain(deltas.values(), inputs, partials, [self._packed])):
+                if deltas:
+                    self._update_sums(deltas)
+                for partial in self._partials.values():
+                    partial.flush()
+                self._packed[-1] = 0.0 if succeeded else 1.0
+                all_reduce_sum(self._packed, self._world)
+                sums = Sums(self._packed, len(self._registry.rows), len(self._registry.sublayers))
         self._reset()
-        return table, sublayers, skipped
+        return sums
 
     # --- sums -----------------------------------------------------------------------------------------------------
 
@@ -264,17 +281,21 @@ class Meter:
 
     def _output_sums(self, view: LinearView, slot: str, block: Block, inputs: Tensor) -> None:
         """Add the squares of block.delta @ inputs; for row-parallel layers after the sum over the shard group."""
-        outputs = _outputs(view, block, inputs.float().T)
+        outputs = _outputs(view, block, inputs.T)
         if view.kind == "row":
             self._partials[id(view.shard_group)].add(outputs, lambda square: self._add(view, slot, square))
         else:
             self._add(view, slot, part_sums_of_squares(outputs, view.row_part[block.rows], len(view.rows)))
 
-    def _update_sums(self) -> None:
+    def _updates(self) -> dict[str, Tensor]:
+        """Return this rank's slices of the updates, by view, over the copies of the weights; none if not measured."""
         deltas = {}
-        for view in self._views:
+        for view in self._views if self._old else ():
             lr, weight_decay = self._hyperparameters[view.name]
             deltas[view.name] = gradient_update_(self._old.pop(view.name), view.master.read(), lr, weight_decay)
+        return deltas
+
+    def _update_sums(self, deltas: dict[str, Tensor]) -> None:
         for chunk in self._chunks([view for view in self._views if not view.master.sharded]):
             inputs = self._inputs(chunk)
             for view in chunk:
@@ -282,11 +303,17 @@ class Meter:
                 self._block_sums(view, [whole], inputs[view.name], group_rank(view.data_group) == 0)
         for members, exchange in self._exchanges:
             rows = exchange.whole_rows([deltas[view.name] for view in members])
-            tokens = exchange.token_numbers([self._token_number(view) for view in members])
+            fixed = all(view.fixed_tokens for view in members)
+            if fixed:  # what all ranks know need not be exchanged, which would make the host wait
+                tokens = [[self._tokens] * len(members)] * group_size(members[0].data_group)
+            else:
+                tokens = exchange.token_numbers([self._token_number(view) for view in members])
             place = {view.name: i for i, view in enumerate(members)}
             for chunk in self._chunks(members):
                 which = [place[view.name] for view in chunk]
                 own = self._inputs(chunk)
+                if fixed:
+                    own = {name: _filled(inputs, self._tokens) for name, inputs in own.items()}
                 everyones = exchange.all_tokens(which, [own[view.name] for view in chunk], tokens)
                 for i, view, inputs_of_all in zip(which, chunk, everyones, strict=True):
                     if inputs_of_all is not None:
@@ -312,12 +339,23 @@ class Meter:
 def _outputs(view: LinearView, block: Block, inputs: Tensor) -> Tensor:
     """Return block.delta @ inputs, [rows, B], where inputs are [C_loc, B], or [P C_loc, B] of a block-diagonal W."""
     if not view.block_diagonal:
-        return block.delta @ inputs
-    outputs = inputs.new_empty(block.delta.shape[0], inputs.shape[1])
+        return product(block.delta, inputs)
+    outputs = inputs.new_empty(block.delta.shape[0], inputs.shape[1], dtype=torch.float32)
     part = view.row_part[block.rows]
     for i, own in enumerate(inputs.chunk(len(view.rows))):
-        outputs[part == i] = block.delta[part == i] @ own
+        outputs[part == i] = product(block.delta[part == i], own)
     return outputs
+
+
+def _filled(inputs: Tensor, rows: int) -> Tensor:
+    """Return inputs with rows of zeros, which add nothing to any sum, up to a number of rows."""
+    return functional.pad(inputs, (0, 0, 0, rows - inputs.shape[0])) if inputs.shape[0] < rows else inputs
+
+
+def _unpacked(packed: Tensor, rows: int, sublayers: int) -> tuple[Tensor, Tensor]:
+    """Return the parts of the packed vector for lines and for sublayers, without its last entry."""
+    table = packed[: rows * len(SLOTS)].view(rows, len(SLOTS))
+    return table, packed[rows * len(SLOTS) : -1].view(sublayers, len(SUBLAYER_SLOTS))
 
 
 def _by_group(views: Sequence[LinearView], attribute: str) -> list[list[LinearView]]:

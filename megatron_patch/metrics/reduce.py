@@ -75,6 +75,11 @@ class PartialSums:
         self._pending: list[tuple[Tensor, Callable[[Tensor], None]]] = []
         self._elements = 0
 
+    @property
+    def held(self) -> list[Tensor]:
+        """The outputs that are held back."""
+        return [flat for flat, _ in self._pending]
+
     def add(self, partial: Tensor, receive: Callable[[Tensor], None]) -> None:
         """Take the partial outputs of one layer; later call `receive` with this rank's share of the sum of squares.
 

@@ -50,5 +50,8 @@ class Sample:
             positions = sample_positions(tokens * ranks, self.count, self.iteration)
             owner = positions // max(tokens, 1)
             counts = tuple(torch.bincount(owner, minlength=ranks).tolist())
-            self._cache[key] = ((positions[owner == rank] - rank * tokens).to(device), counts)
+            index = positions[owner == rank] - rank * tokens
+            if device.type == "cuda":  # from pinned memory, for which the host does not wait
+                index = index.pin_memory()
+            self._cache[key] = (index.to(device, non_blocking=True), counts)
         return self._cache[key]

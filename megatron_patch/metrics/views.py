@@ -90,6 +90,9 @@ class LinearView:
     """Shape of the weight where `weight` is a collective call over `data_group`, whose ranks hold a part each (ZeRO 3);
     None where every rank holds it."""
 
+    fixed_tokens: bool = False
+    """Whether every rank of the data group looks at `Sample.count` tokens, or at all it has, if these are fewer."""
+
     @property
     def columns(self) -> int:
         """C_loc."""

@@ -6,13 +6,9 @@ from typing import Any
 import torch
 
 from megatron_patch.errors import AuditError
+from megatron_patch.zero.groups import class_names, group_members, is_zero
 
 type LiveGroup = tuple[dict[str, Any], Sequence[torch.nn.Parameter]]
-
-
-def class_names(thing: Any) -> set[str]:
-    """Return the full names of an object's classes: what tells a package's objects without importing it."""
-    return {f"{c.__module__}.{c.__qualname__}" for c in type(thing).__mro__}
 
 
 def is_engine(thing: Any) -> bool:
@@ -41,20 +37,11 @@ def live_groups(optimizer: Any) -> Iterator[LiveGroup]:
     ZeRO empties or flattens the groups' own lists; which parameter is in which group it keeps beside them.
 
     Raises:
-        AuditError: an optimizer that keeps its parameters in an unknown way.
+        AuditError: an optimizer that keeps its parameters in an unknown way, or trains some with another optimizer.
     """
     inner = inner_optimizer(optimizer)
-    kinds = {name.rpartition(".")[2] for name in class_names(inner) if name.startswith("deepspeed.")}
-    if "DeepSpeedZeroOptimizer_Stage3" in kinds:
-        groups = inner.optimizer.param_groups
-        members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
-        for sub_group, parameters in enumerate(inner.fp16_groups):
-            members[inner.sub_group_to_group_id[sub_group]] += parameters
-        yield from zip(groups, members, strict=True)
-    elif "DeepSpeedZeroOptimizer" in kinds:
-        yield from zip(inner.optimizer.param_groups, inner.bit16_groups, strict=True)
-    elif "BF16_Optimizer" in kinds:
-        yield from zip(inner.optimizer.param_groups, inner.bf16_groups, strict=True)
+    if is_zero(inner):
+        yield from zip(inner.optimizer.param_groups, group_members(inner), strict=True)
     elif isinstance(inner, torch.optim.Optimizer):
         for group in inner.param_groups:
             yield group, list(group["params"])

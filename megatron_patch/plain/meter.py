@@ -141,7 +141,7 @@ class AlignmentMeter:
                 raise ConfigError("iteration", iteration, f"one optimizer step, not {made}", "measure one at a time")
             self._meter.before_update(alignment=True, spectral=self._spectral)
             self._step.updated = True
-            table, _, skipped = self._meter.after_update(made == 1)
+            table, _, skipped = self._meter.after_update(made == 1).read()
         finally:
             self._forget()
         return [
@@ -259,6 +259,14 @@ def _checked_optimizer(engine: Any, optimizer: Any) -> Any:
                 "fp32 weights that DeepSpeed says of the right parameter",
                 "set zero_optimization.round_robin_gradients to false in its config",
             )
+        for key in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads"):
+            if getattr(engine, key.replace("grads", "gradients"))():
+                raise ConfigError(
+                    "model",
+                    f"an engine with {key}",
+                    "fp32 weights, from which an update can be measured: a rounded one moves by steps, or not at all",
+                    f"remove {key} from its config",
+                )
         return engine
     if optimizer is None:
         raise ConfigError("optimizer", None, "the optimizer, beside any model but DeepSpeed's engine", "give it")

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.views import Group, group_rank, group_size
 from megatron_patch.plain.modules import is_transposed, whole_shape
+from megatron_patch.zero.weights import fp32_weight, has_parts
 
 
 def share(rows: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -54,10 +55,10 @@ def row_reader(name: str, module: nn.Module, parameter: nn.Parameter, group: Gro
         matrix = whole.detach().view(whole_shape(parameter))
         return (matrix.T if turned else matrix.reshape(rows, columns))[start:stop]
 
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    if has_parts(parameter):
         if getattr(parameter, "allreduce", True) is False:
             raise ConfigError("layers", name, "no experts of DeepSpeed's MoE", "leave them out with another pattern")
-        return lambda: cut(_of_zero(parameter))
+        return lambda: cut(fp32_weight(parameter))
     if parameter.dtype != torch.float32:
         raise ConfigError(
             "model",
@@ -91,10 +92,3 @@ def _of_fsdp(
     if len(placements) == 1 and columns is not None:
         return lambda: parameter.to_local().detach().reshape(-1, columns)
     return lambda: cut(parameter.full_tensor())
-
-
-def _of_zero(parameter: nn.Parameter) -> Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole: Tensor = safe_get_full_fp32_param(parameter)
-    return whole

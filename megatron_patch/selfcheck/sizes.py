@@ -48,7 +48,10 @@ class Size:
         return measured[1], measured[-1]
 
     def flags(self) -> list[str]:
-        """Return the flags of model, rule and schedule; those of configs/quickstart_proxy.yaml for `QUICKSTART`."""
+        """Return the flags of model, rule and schedule; for `QUICKSTART` those of configs/quickstart_proxy.yaml.
+
+        But for --init-scaling: weights are set by `watch.set_weights`.
+        """
         return (
             f"--num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads {self.heads} "
             f"--group-query-attention --num-query-groups {self.groups} --kv-channels {self.hidden // self.heads} "
@@ -56,7 +59,7 @@ class Size:
             "--untie-embeddings-and-output-weights --position-embedding-type rope --attention-dropout 0.0 "
             f"--hidden-dropout 0.0 --seq-length {self.length} --max-position-embeddings {self.length} "
             f"--tokenizer-type NullTokenizer --vocab-size {self.vocabulary - 1} --width-scaling sqrt "
-            f"--base-hidden-size {self.base_hidden} --init-scaling fan-in --extra-warmup exp "
+            f"--base-hidden-size {self.base_hidden} --extra-warmup exp "
             f"--extra-warmup-iters {self.decay // 4} --micro-batch-size {self.batch} --global-batch-size {self.batch} "
             f"--train-iters {self.steps} --lr {BASE_LR} --min-lr {MIN_LR} --lr-warmup-iters {self.warmup} "
             f"--lr-decay-iters {self.decay} --lr-decay-style linear --weight-decay {WEIGHT_DECAY} --adam-beta1 0.9 "

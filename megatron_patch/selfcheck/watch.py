@@ -73,7 +73,8 @@ class Watch:
         self._parameters = list(describe(model, config, WidthConfig(), parallel_state))
         self._gated = bool(config.gated_linear_unit)
         self._config = config
-        if iteration == 0:
+        # Weights born in FP8 stay what they are: that run is compared with no other.
+        if iteration == 0 and not any(is_quantised(p.parameter) for p in self._parameters):
             set_weights(self._parameters, optimizer, parallel_state, self._gated)
         update = optimizer.step
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.errors import ConfigError
-from megatron_patch.hosts.same import code, differences, digest, sampled, versions, who
+from megatron_patch.hosts.same import DATA, FILES, code, data, differences, digest, versions, who
 from megatron_patch.upstream.ranks import gather
 
 OF_A_RANK = frozenset({"rank", "local_rank"})
@@ -22,8 +22,6 @@ OF_A_RANK = frozenset({"rank", "local_rank"})
 OF_A_HOST = frozenset({"data_cache_path", "tensorboard_dir", "wandb_save_dir", "metrics_dir"})
 """Megatron's arguments that may name another place on each host, for what a host writes; so may `DATA` and `FILES`, of
 which the content is compared."""
-DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-FILES = ("tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path")
 SEEN_SECONDS = 30.0
 """Within which every host must see a file that rank 0 has written: a network file system's caches are that slow."""
 ALLOW = "--allow-rank-differences"
@@ -70,7 +68,7 @@ def facts(args: Any) -> dict[str, str]:
     found["arguments"] = digest(f"{name}={value}" for name, value in sorted(plain_arguments(args).items()))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         found |= code()
-        found |= _data(args)
+        found |= data(vars(args))
     return found
 
 
@@ -89,31 +87,6 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, enum.Enum))
-
-
-def _data(args: Any) -> dict[str, str]:
-    """Size and hash of samples of every dataset and file that the arguments name."""
-    found = {}
-    for name in DATA:
-        for word in getattr(args, name, None) or ():
-            if "://" in word or _is_number(word):  # an object store, or the weight of the next dataset
-                continue
-            for ending in (".idx", ".bin"):
-                what = f"the file {os.path.basename(word)}{ending} of --{name.replace('_', '-')}"
-                found[what] = sampled(f"{word}{ending}")
-    for name in FILES:
-        path = getattr(args, name, None)
-        if isinstance(path, str) and os.path.isfile(path):
-            found[f"the file of --{name.replace('_', '-')}"] = sampled(path)
-    return found
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _one_place(args: Any, hosts: Sequence[str]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -198,6 +199,7 @@ class _Run:
         self._audit: Callable[[], None] = lambda: None
         self._planned: PlannedRun | None = None
         self._recorder: Recorder | None = None
+        self._flush: Callable[[], None] = lambda: None
         self._told: set[str] = set()
 
     def build_optimizer(self, call: Callable[..., Any], config: Any, model: Any, overrides: Any) -> Any:
@@ -250,7 +252,8 @@ class _Run:
             monitor = collectively(
                 lambda: writing(directory, lambda: AlignmentMonitor(metrics, model, parameters, optimizer, args))
             )
-            scheduler.carry(monitor.forecast)
+            scheduler.carry(monitor.forecast, monitor.flush)
+            self._flush = monitor.flush
             watch(monitor, optimizer)
 
     def log(self, _: Any, iteration: int, losses: dict[str, Any]) -> None:
@@ -272,4 +275,15 @@ class _Run:
         return self._recorder.evaluating(call, prefix, iteration) if self._recorder else call()
 
     def train(self, call: Callable[[], Any]) -> Any:
-        return self._recorder.training(call) if self._recorder else call()
+        return self._recorder.training(lambda: self._to_the_end(call)) if self._recorder else call()
+
+    def _to_the_end(self, call: Callable[[], Any]) -> Any:
+        """Train, and write what was measured last, however it ends."""
+        try:
+            result = call()
+        except BaseException:
+            with contextlib.suppress(Exception):  # a device that is lost has no sums to read; the first error counts
+                self._flush()
+            raise
+        self._flush()
+        return result

@@ -136,6 +136,30 @@ def test_noise_without_a_minimum_is_refused() -> None:
     assert accepted <= 4
 
 
+@pytest.mark.parametrize("lrs", [range(-9, -2), [x / 2 for x in range(-22, -2)], [x / 8 for x in range(-80, 0)]])
+def test_noise_at_more_places_is_refused_as_well(lrs: Sequence[float]) -> None:
+    generator = np.random.default_rng(6)
+    accepted = 0
+    for _ in range(20):
+        with contextlib.suppress(NoOptimum):
+            fit_lr([Trial(32, 2.0**x, 3 + 0.02 * generator.normal()) for x in lrs])
+            accepted += 1
+    assert accepted <= 4
+
+
+def test_more_learning_rates_near_the_minimum_do_not_hide_it() -> None:
+    """They vary little among themselves, and so does the whole; each sweep has its own noise."""
+    found = {False: 0, True: 0}
+    for seed in range(20):
+        for halves in found:
+            lrs = sorted({*range(-10, -4), *([-8.5, -7.5, -6.5] if halves else [])})
+            generator = np.random.default_rng(seed)
+            with contextlib.suppress(NoOptimum):
+                fit_lr(curve(lrs=lrs, noise=0.03, generator=generator, at=-7.5))
+                found[halves] += 1
+    assert found[True] >= found[False] >= 15
+
+
 def test_a_refusal_has_the_best_point() -> None:
     partial = refused(curve(lrs=range(-10, -6))).partial
     assert isinstance(partial, Optimum)

@@ -14,7 +14,14 @@ from tests.support.launching import ALONE, LAUNCH, ODD, RECORDER, RUN, Bench, wa
 
 SCRIPTS = ["pretrain.sh", "pretrain_multinode.sh", "slurm.sbatch"]
 WHOLE_JOBS = ["figures.sh", "quickstart.sh", "sweep_example.sh"]
-JOB = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96"}
+# The package beside the scripts, whichever is installed: a batch script runs as a copy, and cannot know where it lay.
+JOB = {
+    "PYTHONPATH": str(LAUNCH.parent),
+    "SLURM_JOB_ID": "42",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_CPUS_ON_NODE": "96",
+}
 
 
 @pytest.fixture
@@ -209,7 +216,7 @@ class TestSlurm:
         assert result.code == 0, result.err
         hostfile = str(bench.folder / "hostfile.42")
         rest = ["--hostfile", hostfile, "--no_ssh", "--master_addr", "gpu07", "--master_port", "29500"]
-        assert [call["argv"] for call in result.calls] == [
+        assert sorted(call["argv"] for call in result.calls) == [
             ["--node_rank", str(rank), *rest, *RUN, *ODD] for rank in range(2)
         ]
         assert (bench.folder / "kept").read_text() == "gpu07 slots=4\ngpu08 slots=4\n"

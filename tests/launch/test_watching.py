@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.entry.supervise import where_it_writes
+from megatron_patch.entry.asked import Asked
 from megatron_patch.errors import ConfigError
 from megatron_patch.files import run_json
 from megatron_patch.hosts import processes, save_lock
@@ -298,7 +298,7 @@ class TestBeforeTheStart:
 
     def test_hostfile(self, tmp_path: Path) -> None:
         (tmp_path / "h").write_text("# two\nb slots=1\n\na slots=2 # second\n")
-        assert read_hostfile(str(tmp_path / "h")) == ("b", "a")
+        assert list(read_hostfile(str(tmp_path / "h")).items()) == [("b", 1), ("a", 2)]
 
     @pytest.mark.parametrize(
         ("yaml", "flags", "save", "metrics"),
@@ -316,7 +316,8 @@ class TestBeforeTheStart:
     ) -> None:
         config = tmp_path / "c.yaml"
         config.write_text(yaml)
-        assert where_it_writes(["--config", str(config), *flags]) == (str(config), save, None, metrics)
+        asked = Asked.of(["--config", str(config), *flags])
+        assert (asked.config, asked.save, asked.load, asked.metrics) == (str(config), save, None, metrics)
 
 
 class TestVerdict:

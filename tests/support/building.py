@@ -74,7 +74,11 @@ class Builder:
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.rerun_state_machine import destroy_rerun_state_machine
         from megatron.training import training
-        from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+        from megatron.training.argument_utils import (
+            gpt_config_from_args,
+            hybrid_config_from_args,
+            pretrain_cfg_container_from_args,
+        )
         from megatron.training.initialize import initialize_megatron
 
         args = self.parse(argv)
@@ -83,7 +87,8 @@ class Builder:
             _let_mla_build()
         destroy_rerun_state_machine()
         initialize_megatron()
-        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        model_config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+        config = pretrain_cfg_container_from_args(args, model_config)
         model, optimizer, scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             cfg_container=config,

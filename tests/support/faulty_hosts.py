@@ -14,12 +14,34 @@ from pathlib import Path
 from tests.support.two_hosts import LAUNCH, PATIENCE, TINY, Host, TwoHosts, environment, wait_for
 
 STAND_IN = r'''
-"""A rank: two of them send each other a byte a step."""
+"""A rank: two of them send each other a byte a step, and beat as Megatron's training does."""
 import json, os, socket, subprocess, sys, time
+from megatron_patch.hosts.heartbeat import BETWEEN, CHECKPOINT, STARTING, STEP, Heart
 
 def value(flag, default):
     return sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else default
 
+# A place that looks like that of a collective.
+exec(compile("""
+def exchange(peer):
+    peer.sendall(b"x")
+    return peer.recv(1)
+""", "torch/distributed/stand_in.py", "exec"))
+
+def loop():
+    while True:
+        pass
+
+def hang(step):
+    """Hang as asked for, in the first start only; or be slow."""
+    if value("--hangs-at", "") != f"{rank}:{step}" or os.path.exists("restarted"):
+        return
+    open("restarted", "w").close()
+    if value("--hangs-in", "loop") == "loop":
+        loop()
+    time.sleep(float(value("--hangs-in", "")))
+
+heart = Heart()
 rank, save, steps = int(os.environ["RANK"]), value("--save", "save"), int(value("--train-iters", "6"))
 address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 os.makedirs(save + "/transfer", exist_ok=True)
@@ -44,12 +66,16 @@ else:
             break
         except OSError:
             time.sleep(0.1)
+heart.beat(STARTING)
+tracker = save + "/latest_checkpointed_iteration.txt"
+first = int(open(tracker).read()) if "--load" in sys.argv and os.path.exists(tracker) else 0
 peer.settimeout(float(value("--distributed-timeout-minutes", "10")) * 60)
 record("running", 0)
-for step in range(steps):
+for step in range(first, steps):
+    heart.beat(STEP, step + 1)
+    hang(step + 1)
     try:
-        peer.sendall(b"x")
-        received = peer.recv(1)
+        received = exchange(peer)
     except TimeoutError:
         raise RuntimeError("Timed out waiting 1000ms for recv operation") from None
     except OSError as error:
@@ -57,12 +83,32 @@ for step in range(steps):
     if not received:
         raise RuntimeError("Connection closed by peer")
     print(" iteration", step + 1, flush=True)
+    heart.beat(BETWEEN, step + 1)
+    if (step + 1) % 10 == 0:
+        heart.beat(CHECKPOINT, step + 1)
+        if rank:
+            time.sleep(float(value("--slow-save", "0")))
+            with open(tracker, "w") as file:
+                file.write(str(step + 1))
+        heart.beat(BETWEEN, step + 1)
     time.sleep(0.05)
 if not os.path.exists("unfinished"):
     record("finished", steps)
 helper.kill()
 '''
 ENDLESS = ["--train-iters", "1000000"]
+
+
+def prepare(folder: Path, real: bool = False) -> None:
+    """Write what a start finds in its working directory: the config, and the stand-in where Megatron does not train."""
+    (folder / "tiny.yaml").write_text(TINY)
+    if not real:
+        # Ranks look in the working directory first, as DeepSpeed puts it.
+        package = folder / "megatron_patch"
+        package.mkdir(exist_ok=True)
+        # With the rest of the real one behind it.
+        (package / "__init__.py").write_text(f"__path__.append({str(LAUNCH.parent / 'megatron_patch')!r})\n")
+        (package / "__main__.py").write_text(STAND_IN)
 
 
 class Start:
@@ -73,21 +119,27 @@ class Start:
         folder: to start in, on the shared file system.
         arguments: of the script, after hostfile and config.
         real: Megatron trains, not the stand-in.
+        node: without ssh, on this one of the hosts; the other one needs a start of its own.
     """
 
-    def __init__(self, hosts: TwoHosts, folder: Path, *arguments: str, real: bool = False, **more: str) -> None:
+    def __init__(
+        self,
+        hosts: TwoHosts,
+        folder: Path,
+        *arguments: str,
+        real: bool = False,
+        node: int | None = None,
+        **more: str,
+    ) -> None:
         self.hosts, self._folder = hosts, folder
-        (folder / "tiny.yaml").write_text(TINY)
-        if not real:
-            # Ranks look in the working directory first, as DeepSpeed puts it.
-            package = folder / "megatron_patch"
-            package.mkdir(exist_ok=True)
-            (package / "__init__.py").touch()
-            (package / "__main__.py").write_text(STAND_IN)
+        prepare(folder, real)
         number = len(list(folder.glob("out*")))
         self.out, self.err = folder / f"out{number}", folder / f"err{number}"
         words = ["--hostfile", str(hosts.hostfile), "--config", "tiny.yaml", "--tensor-model-parallel-size", "2"]
-        self.process = hosts.a.popen(
+        if node is not None:
+            words += ["--no-ssh", "--node-rank", str(node), "--master-addr", hosts.a.address]
+        self.host = hosts.both[node or 0]
+        self.process = self.host.popen(
             *(str(LAUNCH / "pretrain_multinode.sh"), *words, *arguments),
             cwd=folder,
             env=dict(environment(**more)),
@@ -122,8 +174,8 @@ class Start:
         return self
 
     def pid(self, what: str, host: Host | None = None) -> int:
-        """A process of the run: rank or launcher on `host`; runner, pdsh or script on nodea."""
-        for pid, words, env in (host or self.hosts.a).processes():
+        """A process of the run: rank or launcher on `host`; runner, pdsh or script where it was started."""
+        for pid, words, env in (host or self.host).processes():
             job = "MEGATRON_PATCH_JOB" in env
             found = {
                 "rank": job and "RANK" in env and "megatron_patch run" in words,
@@ -135,7 +187,7 @@ class Start:
             }[what]
             if found:
                 return pid
-        raise AssertionError(f"no {what}: {[words for _, words, _ in (host or self.hosts.a).processes()]}")
+        raise AssertionError(f"no {what}: {[words for _, words, _ in (host or self.host).processes()]}")
 
     def kill(self, what: str, host: Host | None = None, number: int = signal.SIGKILL) -> "Start":
         """Send a signal; the clock runs from here."""

@@ -25,16 +25,17 @@ FLOORS = {
     "hosts": Floor("a run on several hosts: checked, compared, watched, ended everywhere, judged", "errors files"),
     "metrics": Floor("what is measured, exact on any number of ranks", "errors theory files config", "torch"),
     "kernels": Floor("in plain torch, what Megatron takes from CUDA libraries", "errors", "torch"),
+    "zero": Floor("what DeepSpeed's ZeRO keeps of a model, and where", "errors", "torch deepspeed"),
     "upstream": Floor(
         "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
-        "errors theory files config hosts metrics kernels",
+        "errors theory files config hosts metrics kernels zero",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron deepspeed",
     ),
     "plain": Floor(
         "rules, warmups, audit and metrics for any torch model: DDP, FSDP2, DeepSpeed's engine; without Megatron",
-        "errors theory metrics",
-        "torch deepspeed",
+        "errors theory metrics zero",
+        "torch",
     ),
     "runs": Floor("what runs left behind, ours and others', read back", "errors files config", "tensorboard wandb"),
     "fit": Floor(

@@ -23,7 +23,7 @@ with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(call) + "\\n")
 exec(os.environ.get("THEN", ""))
 """
-# Runs its command once per node, as srun does, without the options before it.
+# Runs its command once per node, at the same time, as srun does, without the options before it.
 SRUN = """\
 import json, os, subprocess, sys
 command = sys.argv[1:]
@@ -32,8 +32,8 @@ with open(os.environ["CALLS"] + ".srun", "w") as calls:
 nodes = int(next(word for word in command if word.startswith("--nodes=")).partition("=")[2])
 while command[0].startswith("--"):
     command.pop(0)
-for node in range(nodes):
-    subprocess.run(command, env=os.environ | {"SLURM_NODEID": str(node)}, check=True)
+tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_NODEID": str(node)}) for node in range(nodes)]
+sys.exit(max([task.wait() for task in tasks]))
 """
 SCONTROL = """\
 import sys

@@ -86,6 +86,9 @@ class Monitored(Hooks):
         self.monitor = AlignmentMonitor(settings, run.model, parameters, run.optimizer, run.args)
         watch(self.monitor, run.optimizer)
 
+    def ended(self, run: Run) -> None:
+        self.monitor.flush()
+
     def result(self, run: Run) -> Any:
         return self.monitor.layers
 

@@ -123,6 +123,44 @@ MODELS = {
             ),
         },
     ),
+    # Mamba, attention, experts, MLP, and a predicted token; the mixer is 60 wide inside.
+    "hybrid": Model(
+        f"{LLAMA.flags} --hybrid-layer-pattern M*E-/*- --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 "
+        "--moe-shared-expert-intermediate-size 80 --moe-shared-expert-gate --moe-token-dispatcher-type alltoall "
+        "--mamba-num-heads 6 --mamba-head-dim 10 --mamba-state-dim 4 --mamba-num-groups 2",
+        f"{LLAMA.base} --base-moe-ffn-hidden-size 8 --base-moe-shared-expert-intermediate-size 16 "
+        "--base-mamba-inner-size 20",
+        {
+            "embedding.word_embeddings.weight": ("embedding", 1),
+            "decoder.final_norm.weight": ("vector", 1),
+            "output_layer.weight": ("output", 64 / 16),
+            **layer(
+                0,
+                {
+                    "norm.weight": ("vector", 1),
+                    "mixer.in_proj.weight": ("matrix", 64 / 16),
+                    "mixer.out_proj.weight": ("matrix", 60 / 20),
+                    "mixer.conv1d_weight": ("matrix", 1),
+                    **{
+                        f"mixer.{name}": ("vector", 1)
+                        for name in ("conv1d_bias", "A_log", "D", "dt_bias", "norm.weight")
+                    },
+                },
+            ),
+            **layer(1, {"input_layernorm.weight": ("vector", 1)}, ATTENTION),
+            **layer(2, {"pre_mlp_layernorm.weight": ("vector", 1)}, MOE_MLP),
+            **layer(3, {"pre_mlp_layernorm.weight": ("vector", 1)}, DENSE_MLP),
+            **{f"mtp.layers.0.{name}.weight": ("vector", 1) for name in ("enorm", "hnorm", "final_layernorm")},
+            "mtp.layers.0.eh_proj.weight": ("matrix", 128 / 32),
+            **{
+                f"mtp.layers.0.mtp_model_layer.{name.removeprefix('decoder.')}": entry
+                for name, entry in {
+                    **layer(0, {"input_layernorm.weight": ("vector", 1)}, ATTENTION),
+                    **layer(1, {"pre_mlp_layernorm.weight": ("vector", 1)}, DENSE_MLP),
+                }.items()
+            },
+        },
+    ),
     "qk-norm": Model(
         f"{LLAMA.flags} --qk-layernorm", LLAMA.base, {**ENDS, **layer(0, NORMS, ATTENTION, QK_NORMS, DENSE_MLP)}
     ),

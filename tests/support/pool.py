@@ -66,7 +66,6 @@ PRELOADED = (
     "megatron.training.checkpointing",
     "megatron.core.models.gpt",
     "megatron.core.models.mimo",
-    "megatron.core.tokenizers.text.models",
     "megatron_patch.kernels.norms",
     "megatron_patch.upstream.datasets",
     "torch.utils.tensorboard",

@@ -189,7 +189,7 @@ def measure(
         held = meter.held_bytes
         for master, new in updates.values():
             master.copy_(new)
-        table, _, skipped = meter.after_update(True)
+        table, _, skipped = meter.after_update(True).read()
     return {
         "rows": [row.layer for row in registry.rows],
         "table": table.tolist(),

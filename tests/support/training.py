@@ -60,6 +60,9 @@ class Hooks:
     def stepped(self, run: Run, iteration: int, losses: dict[str, float]) -> None:
         """After the `iteration`-th step (from 1). `losses` is empty where no loss is computed."""
 
+    def ended(self, run: Run) -> None:
+        """After the last step, before `result`."""
+
     def result(self, run: Run) -> Any:
         """After the last step; the value, pickled, becomes `Outcome.extra`."""
         return None
@@ -157,6 +160,7 @@ def train(argv: Sequence[str], *, steps: int, hooks: Hooks | None = None) -> Out
             raise
     outcome.losses = _of_any_rank(outcome.losses)
     outcome.checksums = checksums(live[0].model)
+    hooks.ended(live[0])
     outcome.extra = hooks.result(live[0])
     return outcome
 

@@ -292,6 +292,11 @@ TORCH_STAND_INS: tuple[StandIn, ...] = (
     StandIn("torch.cuda:memory_reserved", _zero, _MEMORY),
     StandIn("torch.cuda:max_memory_reserved", _zero, _MEMORY),
     StandIn("torch.cuda:device_memory_used", _zero, _MEMORY),
+    StandIn(
+        "torch.cuda:is_current_stream_capturing",
+        lambda: False,
+        "torch's optimizers ask at every step; torch 2.11 asks the driver, and raises without one (2.14 does not)",
+    ),
     StandIn("torch.cuda.nvtx:range_push", nothing, "profiler marks; no CUDA profiler"),
     StandIn("torch.cuda.nvtx:range_pop", nothing, "profiler marks; no CUDA profiler"),
     StandIn("torch.cuda:get_rng_state", _get_rng_state, RNG_REASON),

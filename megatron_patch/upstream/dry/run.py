@@ -200,6 +200,7 @@ def _build(blueprint: _Blueprint) -> list[Any]:
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.ssm import mamba_mixer
+    from megatron.core.transformer.moe import moe_layer
     from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
     from megatron_patch.upstream.cpu.hybrid import local_submodules
@@ -212,6 +213,7 @@ def _build(blueprint: _Blueprint) -> list[Any]:
         if blueprint.any_attention:
             stack.enter_context(assigned(LocalSpecProvider, core_attention=lambda self: _Attention))
             stack.enter_context(assigned(hybrid_stack_spec, submodules=local_submodules()))
+            stack.enter_context(assigned(moe_layer, HAVE_TE=True, TELinear=_Duplicated))
         stack.enter_context(torch.device("meta"))
         chunks: list[Any] = build_virtual_pipeline_stages(
             config.get_builder_cls()(config).build_model,
@@ -228,6 +230,15 @@ class _NoGenerator:
     """In the place of Megatron's tracker of random states."""
 
     fork = contextlib.nullcontext
+
+
+class _Duplicated(torch.nn.Module):
+    """Stands in for the one layer of which there is no local kind: MoE's projections into and out of the latent."""
+
+    def __init__(self, input_size: int, output_size: int, *, bias: bool, **unused: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size))
+        self.register_parameter("bias", torch.nn.Parameter(torch.empty(output_size)) if bias else None)
 
 
 class _Attention(torch.nn.Module):

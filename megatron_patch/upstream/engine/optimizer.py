@@ -1,16 +1,17 @@
 """The optimizer that Megatron's loop gets to see: DeepSpeed's engine, with the parameters behind every param group."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_patch.config.deepspeed_file import EnginePlan
-from megatron_patch.errors import AuditError
 from megatron_patch.metrics.views import MasterSlice
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.groups import schedule_key
+from megatron_patch.zero.groups import group_members
 
 
 class EngineOptimizer:
@@ -58,9 +59,14 @@ class EngineOptimizer:
         return torch.ones(1, device=torch.empty(0, device="cuda").device)
 
     def step(self) -> tuple[bool, float | None, None]:
-        """Make the step; return whether it was made, and the norm of the gradient before clipping."""
+        """Make the step; return whether it was made, and the norm of the gradient before clipping.
+
+        Raises:
+            RuntimeError: the norm is not finite, under Megatron's --check-for-nan-in-loss-and-grad.
+        """
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if self.plan.stage else self._norm
+        _require_finite(norm)  # ZeRO has left such a step out
         return bool(self.engine.was_step_applied()), None if norm is None else float(norm), None
 
     def _clip(self) -> None:
@@ -73,6 +79,7 @@ class EngineOptimizer:
         counted = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
         group = parallel_state.get_model_parallel_group()
         self._norm = get_grad_norm_fp32(counted, grad_stats_parallel_group=group)
+        _require_finite(self._norm)  # before torch makes the step
         if self.plan.clip > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=self.plan.clip, total_norm=self._norm)
 
@@ -84,24 +91,9 @@ class EngineOptimizer:
         Raises:
             AuditError: the tensor that a group trains is not the flat one that the engine has made of its parameters.
         """
-        zero, groups = self.engine.optimizer, self.param_groups
         if self.plan.stage == 0:
-            return [list(group["params"]) for group in groups]
-        members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
-        if self.plan.stage == 3:
-            for sub_group, parameters in enumerate(zero.fp16_groups):
-                members[zero.sub_group_to_group_id[sub_group]] += parameters
-            return members
-        by_group, flat = _flattened(zero)
-        for i, parameters in enumerate(by_group):
-            trained = groups[i]["params"]
-            if len(trained) != 1 or trained[0] is not flat[i]:
-                raise AuditError(
-                    f"param group {i} of the engine trains {len(trained)} tensors, but not the flat one that ZeRO "
-                    f"stage {self.plan.stage} keeps its parameters in"
-                )
-            members[i] += parameters
-        return members
+            return [list(group["params"]) for group in self.param_groups]
+        return group_members(self.engine.optimizer)
 
     # --- the fp32 weights -------------------------------------------------------------------------------------------
 
@@ -152,8 +144,15 @@ class EngineOptimizer:
         return read
 
 
-def _flattened(zero: Any) -> tuple[Iterator[list[torch.nn.Parameter]], list[Tensor]]:
-    """Return for each group of ZeRO 1 or 2 the model parameters, and this rank's part of their flat fp32 tensor."""
-    if hasattr(zero, "bf16_groups"):  # stage 1 with data_types.grad_accum_dtype fp32
-        return iter(zero.bf16_groups), zero.fp32_groups_flat_partition
-    return iter(zero.bit16_groups), zero.single_partition_of_fp32_groups
+def _require_finite(norm: float | Tensor | None) -> None:
+    """What Megatron's DDP does with each bucket of gradients, where the engine would go on without a word."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    if norm is not None and get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=float(norm),
+            rejection_func=lambda value: not math.isfinite(value),
+            message="found NaN or Inf in the gradients",
+            fatal=True,
+        )

@@ -12,11 +12,11 @@ from torch.nn import functional
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
-from megatron_patch.upstream.engine.partitioned import gathered, is_partitioned
 from megatron_patch.upstream.monitor.experts import ExpertTokens, dispatched, find_experts
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.optimizers import Growth
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
+from megatron_patch.zero.weights import gathered, is_partitioned
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,7 @@ def _view(weight: _Weight, kind: Kind, config: Any, groups: Any, master: Master,
         scattered=bool(config.sequence_parallel) and shards > 1 and kind != "row" and not gathers_first,
         replica=master.replica,
         gathered_shape=(rows_local, width) if is_partitioned(weight.parameter) else None,
+        fixed_tokens=not is_expert,
     )
 
 

@@ -12,7 +12,7 @@ from megatron_patch.config import MetricsConfig, Settings
 from megatron_patch.config.pattern import pattern_of
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.forecast import NormForecast
-from megatron_patch.metrics.meter import Meter
+from megatron_patch.metrics.meter import Meter, Sums
 from megatron_patch.metrics.registry import Registry, Sublayer
 from megatron_patch.metrics.reporter import Measured, Reporter, open_alarm, open_files
 from megatron_patch.metrics.sample import Sample
@@ -53,8 +53,9 @@ class AlignmentMonitor:
     """Measures a run. All methods are called on every rank, at the same points of every step.
 
     Order of calls in one step: `begin_step` (again if forward and backward are repeated), forward and backward,
-    `before_update`, the optimizer's step, `after_update`. On iterations that are not measured no hook is attached, no
-    tensor is touched and no rank communicates; the forecast advances by a few floats per param group.
+    `before_update`, the optimizer's step, `after_update`; in the end `flush`. On iterations that are not measured no
+    hook is attached, no tensor is touched and no rank communicates; the forecast advances by a few floats per param
+    group.
 
     Build it when the optimizer has its fp32 weights, that is after a checkpoint is loaded; the constructor is a
     collective call. With `settings.directory` it cuts the files there back to `args.iteration`.
@@ -118,6 +119,7 @@ class AlignmentMonitor:
         growths = {row.layer: row.update_rms for row in self._registry.rows}
         groups_of_layers = self._param_groups(found.param_groups)
         self.forecast = NormForecast(groups_of_layers, self._weight_rms(), self._pattern, growths)
+        self._unwritten: tuple[_Step, Sums, NormForecast] | None = None
         self._reporter = self._make_reporter() if args.rank == args.world_size - 1 else None
 
     @property
@@ -141,26 +143,39 @@ class AlignmentMonitor:
 
     def before_update(self) -> None:
         """Use the weights of this step while they are there; call it right before the optimizer's step."""
+        self.flush()
         step = self._step = replace(self._step, hyperparameters=live_hyperparameters(self._optimizer))
         if step.measured:
             self._meter.before_update(step.alignment, step.spectral)
 
     def after_update(self, succeeded: bool) -> None:
-        """Measure the update and write; call it right after the optimizer's step.
+        """Measure the update; call it right after the optimizer's step. It is written by the next `flush`.
 
         Args:
             succeeded: whether the optimizer of this rank made the step (it skips one at an overflow).
         """
         step, self._step = self._step, _Step()
         if step.measured:
-            table, sublayers, skipped = self._meter.after_update(succeeded)
+            sums = self._meter.after_update(succeeded)
             if self._reporter is not None:
-                measured = Measured(
-                    step.iteration, step.alignment, step.spectral, not skipped, table.tolist(), sublayers.tolist()
-                )
-                self._reporter.report(measured, self.forecast)
+                self._unwritten = step, sums, self.forecast.snapshot()
         if succeeded:
             self.forecast.step(step.hyperparameters)
+
+    def flush(self) -> None:
+        """Write what was measured last, if that is not written yet, on the one rank that writes.
+
+        By the next step's update the sums have long arrived, and the host need not wait for them. Also to be called
+        before a checkpoint is saved, whose iteration is the last that a resumed run does not repeat, and at the end.
+        """
+        if self._unwritten is None or self._reporter is None:
+            return
+        (step, sums, forecast), self._unwritten = self._unwritten, None
+        table, sublayers, skipped = sums.read()
+        measured = Measured(
+            step.iteration, step.alignment, step.spectral, not skipped, table.tolist(), sublayers.tolist()
+        )
+        self._reporter.report(measured, forecast)
 
     def _make_reporter(self) -> Reporter:
         """Return what writes, on the one rank that does.
@@ -201,11 +216,11 @@ class AlignmentMonitor:
         """Return how many tokens to look at on each data-parallel rank."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        if self._settings.alignment_tokens is not None:
-            return self._settings.alignment_tokens
         args = self._args
         microbatch = args.micro_batch_size * args.seq_length // args.context_parallel_size
-        return max(64, int(microbatch * get_num_microbatches() // 64))
+        if self._settings.alignment_tokens is not None:
+            return int(min(self._settings.alignment_tokens, microbatch))
+        return int(min(max(64, microbatch * get_num_microbatches() // 64), microbatch))
 
     def _param_groups(self, known: dict[str, str]) -> dict[str, str]:
         """Return the param group of every line of the model; ranks that own slices of a weight tell the others."""

@@ -296,6 +296,19 @@ def adopt_live_groups(optimizer: Any) -> None:
         child.load_state_dict = before(keep_groups, "state_dict")(child.load_state_dict)
 
 
+def restore_peaks(optimizer: Any, scheduler: Any, args: Any) -> None:
+    """Give every param group its own peak and minimum LR again, which is `lr_mult` times the base LR.
+
+    From 0.20 on --override-opt-param-scheduler sets them to --lr and --min-lr in all groups, after a load.
+    """
+    for group in optimizer.param_groups:
+        if not group.get("is_decoupled_lr"):
+            factor = group.get("lr_mult", 1.0)
+            group["max_lr"] = args.lr * factor
+            group["min_lr"] = (args.min_lr or 0.0) * factor
+    scheduler.step(0)
+
+
 def _leave_groups_out(state_dict: dict[str, Any], is_loading: bool) -> None:
     if is_loading:
         inner = state_dict.get("optimizer", state_dict)

@@ -13,6 +13,7 @@ from megatron_patch.upstream.width.audit import (
     audit_groups,
     audit_schedule,
     check_checkpoint,
+    restore_peaks,
 )
 from megatron_patch.upstream.width.bases import cautions, check_bases_used
 from megatron_patch.upstream.width.parameters import describe, dimensions_read
@@ -98,6 +99,10 @@ class PlannedRun:
 
     def audit(self, optimizer: Any, scheduler: Any) -> None:
         """Hold the live optimizer and scheduler to the plan once more, after a checkpoint was loaded; a collective."""
+        from megatron.training import get_args
+
+        if self.plan.width.active and get_args().override_opt_param_scheduler:
+            restore_peaks(optimizer, scheduler, get_args())
 
         def both() -> None:
             audit_groups(self.plan, optimizer)

@@ -46,10 +46,17 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         self._loading = False
         self._forecast: NormForecast | None = None
         self._loaded_forecast: dict[str, Any] | None = None
+        self._before_saving: Callable[[], None] = lambda: None
         super().__init__(*args, **kwargs)
 
-    def carry(self, forecast: NormForecast) -> None:
-        """Continue `forecast` from the checkpoint that was loaded, if any, and save its state in all to come."""
+    def carry(self, forecast: NormForecast, before_saving: Callable[[], None] = lambda: None) -> None:
+        """Continue `forecast` from the checkpoint that was loaded, if any, and save its state in all to come.
+
+        Args:
+            forecast: a live one.
+            before_saving: called whenever a checkpoint is about to be saved, on every rank.
+        """
+        self._before_saving = before_saving
         if self._loaded_forecast is not None:
             forecast.load_state_dict(self._loaded_forecast)
         self._forecast = forecast
@@ -89,6 +96,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return Megatron's state and, under a key of its own, the warmup's and the forecast's."""
+        self._before_saving()
         state: dict[str, Any] = super().state_dict()
         own: dict[str, Any] = {}
         if self.warmup.kind != "none":

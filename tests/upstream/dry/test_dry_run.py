@@ -17,6 +17,7 @@ from megatron_patch.theory.width import ParamSpec
 from megatron_patch.upstream.dry.coverage import Held, Position, merge
 from tests.support.building import COMMON
 from tests.support.explaining import Ended, explain_all, explained
+from tests.support.hybrids import MAMBA
 from tests.support.param_groups import CASES, MODELS, argv, expected
 from tests.support.pool import ROOT, Pool
 from tests.support.training import MOE, TINY, Hooks, Run, train
@@ -71,6 +72,7 @@ RULE = "--width-scaling sqrt --base-hidden-size 16 --extra-warmup exp --extra-wa
 RUNS = {
     "dense": (2, ["--tensor-model-parallel-size", "2", *RULE]),
     "experts": (2, [*MOE, "--expert-model-parallel-size", "2", "--untie-embeddings-and-output-weights", *RULE]),
+    "hybrid": (2, ["--hybrid-layer-pattern", "M*-|M*-", "--pipeline-model-parallel-size", "2", *MAMBA, *RULE]),
     "scope": (1, [*RULE, "--extra-warmup-scope", "width-dependent"]),
     "mup": (1, ["--use-mup", "--mup-base-hidden-size", "16", "--width-scaling", "independent", *RULE[2:4]]),
     "growing batch": (1, [*RULE, "--step-batch-size-schedule", "0:2 128:4", "--train-iters", "50"]),
@@ -366,6 +368,9 @@ MISTAKES = {
     # What is refused with our flags, Megatron may refuse for a reason of the machine that is not there.
     "--width-scaling sqrt --base-hidden-size 16 --use-megatron-fsdp": "--use-megatron-fsdp given: expected not",
     "--optimizer adaptive_muon": "--optimizer adaptive_muon: expected one of adam, sgd, muon, soap, lion",
+    "--cpu --hybrid-layer-pattern G-": "--hybrid-layer-pattern G-: expected the layers M, *, - and E with --cpu",
+    "--hybrid-layer-pattern G-": "Megatron refuses these arguments: --hybrid-layer-pattern: gated delta nets (G) and",
+    "--hybrid-layer-pattern M-X": "Megatron refuses these arguments: In main pattern, 'X' is not a valid layer symbol",
     "--cpu --fp8-format hybrid": "--fp8-format hybrid: expected no such flag with --cpu",
     "--width-scaling sqrt --base-hidden-size 16 --base-q-lora-rank 8": "--base-q-lora-rank 8: expected a model with",
 }

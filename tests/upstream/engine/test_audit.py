@@ -107,7 +107,7 @@ class Replaced(Watched):
 
 def test_a_group_that_trains_another_tensor_is_found(pool: Pool, tmp_path: Path) -> None:
     said = failure(pool, 1, [*RUN, *ds_json(tmp_path, 1)], Replaced())
-    assert "AuditError: param group 0 of the engine trains 1 tensors, but not the flat one that ZeRO stage 1" in said
+    assert "AuditError: param group 0 of the engine trains 1 tensors, but not the flat one that ZeRO keeps" in said
 
 
 def test_the_table_of_hyperparameters_is_megatrons(pool: Pool, tmp_path: Path) -> None:

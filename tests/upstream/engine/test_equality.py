@@ -66,6 +66,7 @@ def test_fp32(pool: Pool, megatrons: Any, tmp_path: Path, stage: int, layout: st
 
 CLIPPED_NEVER = ("--clip-grad", "0")
 FOUR = ("--global-batch-size", "16")
+GROWING = ("--global-batch-size", "12", "--rampup-batch-size", "4", "4", "64")
 LLAMA = (
     *("--swiglu", "--ffn-hidden-size", "64", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
     *("--normalization", "RMSNorm", "--position-embedding-type", "rope", "--qk-layernorm"),
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[int, int, tuple[str, ...], dict[str, Any]]] = {
     "four-micro-batches-stage-0": (2, 0, FOUR, {}),
     "tp2-dp2": (4, 2, (*TP2, *FOUR), {}),
     "tp2-dp2-stage-3": (4, 3, (*TP2, *FOUR), {}),
+    "growing-batch": (2, 2, GROWING, {}),
     "no-clipping": (2, 1, CLIPPED_NEVER, {}),
     "llama-sp": (2, 1, (*SP, *LLAMA), {}),
     "llama-sp-stage-0": (2, 0, (*SP, *LLAMA), {}),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.engine import ds_json
 from tests.support.explaining import explain_all
 from tests.support.pool import Pool
 from tests.support.training import TINY, Patched, train
@@ -156,3 +157,14 @@ def test_explain_reads_the_proxys_run(pool: Pool, proxy: Path, tmp_path: Path) -
     assert absent.err.startswith("error: --reference-run absent: expected the metrics folder of a run")
     assert absent.err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_target_on_deepspeeds_engine_is_compared_alike(pool: Pool, proxy: Path, tmp_path: Path) -> None:
+    megatron, said = compared(pool, proxy, tmp_path / "megatron", WRONG, ranks=2, steps=16)
+    engine, also_said = compared(pool, proxy, tmp_path / "engine", [*WRONG, *ds_json(tmp_path, 2)], ranks=2, steps=16)
+    assert also_said == said
+    assert any("transfer alarm" in line for line in said)
+    assert len(engine) == len(megatron) > len(LAYERS)
+    for ours, theirs in zip(engine, megatron, strict=True):
+        numbers = {key: pytest.approx(value, rel=1e-3) for key, value in theirs.items() if isinstance(value, float)}
+        assert ours == {**theirs, **numbers}

@@ -1,9 +1,12 @@
 """One rank = many: every metric of every layer of a sharded Megatron run is that of a plain float64 reference."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from megatron_patch.metrics import meter
+from megatron_patch.metrics.products import emulated, split_product
 from tests.support.layouts import (
     LATENT,
     LAYOUTS,
@@ -33,6 +36,29 @@ def test_every_metric_is_that_of_full_matrices_in_float64(pool: Pool, tmp_path: 
         if line["kind"] != "expert_mean" and line["alignment_ratio"] is not None:
             identity = line["alignment_ratio"] * line["relative_update"]
             assert line["relative_representation_change"] == pytest.approx(identity, rel=1e-12)
+
+
+class Split(Monitored):
+    """Multiplies as on a GPU, in bf16 parts."""
+
+    def before_arguments(self) -> None:
+        super().before_arguments()
+        meter.product = partial(split_product, multiply=emulated)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-sp", "dp2-distributed", "moe"])
+def test_split_products_give_the_same_metrics(pool: Pool, tmp_path: Path, layout: str) -> None:
+    model, ranks, data_ranks, flags = LAYOUTS[layout]
+    pool.run(
+        train,
+        ranks=ranks,
+        argv=[*TINY, *model.flags(), *flags],
+        steps=STEPS,
+        hooks=Split(str(tmp_path), tokens=SAMPLED),
+    )
+    lines = {key: {**line, "top_singular_value": 0.0} for key, line in read_lines(tmp_path).items()}
+    worst = differences(model, lines, data_ranks)
+    assert 1e-8 < max(worst[metric][0] for metric in METRICS) < 1e-5, worst
 
 
 @pytest.mark.parametrize("flags", [TP2, (*TP2, *SP)], ids=["tp2", "tp2-sp"])

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from tests.support.pool import Pool
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_gets_what_its_own_fan_in_says(model: str, tensor_parallel: int, pool: Pool, tmp_path: Path):
     """The live groups after set-up, for every rule; split over two ranks a wrong (local) fan-in would halve m."""
+    if model == "hybrid" and "MEGATRON_NEXT" in os.environ:
+        pytest.skip(
+            "without Transformer Engine main's is_inference_column_parallel_linear stops multi-token prediction"
+        )
     layout = TWO_RANKS if tensor_parallel == 2 else ""
     runs = [argv(model, case, layout) for case in CASES.values()]
     ranks = pool.run(build_all, ranks=tensor_parallel, runs=runs, directory=str(tmp_path))

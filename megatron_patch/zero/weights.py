@@ -1,4 +1,4 @@
-"""Parameters of which ZeRO 3 keeps a part on every rank of the data group."""
+"""The weights that ZeRO keeps in parts: fp32 ones of stages 1 to 3, and the parameters themselves at stage 3."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,22 @@ import torch
 from torch import Tensor
 
 
+def has_parts(parameter: torch.nn.Parameter) -> bool:
+    """Return whether ZeRO keeps the fp32 weights of a parameter in parts on the ranks of the data group."""
+    return is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Return whether a parameter is ZeRO 3's, whole on no rank between its uses."""
     return hasattr(parameter, "ds_id")
+
+
+def fp32_weight(parameter: torch.nn.Parameter) -> Tensor:
+    """Return the whole fp32 weight of a parameter that `has_parts`; a collective call over the data group."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole: Tensor = safe_get_full_fp32_param(parameter)
+    return whole
 
 
 def gathered(parameter: torch.nn.Parameter) -> Callable[[], Tensor]:
