@@ -135,6 +135,38 @@ def test_model_predicts_the_first_updates(pool: Pool) -> None:
     assert ended.json["schedule"][0]["relative_update_prediction"] == pytest.approx(0.005 * math.sqrt(64), rel=1e-12)
 
 
+@pytest.mark.parametrize(("world", "more"), [(1, ""), (4, "--tensor-model-parallel-size 2 --all-ranks")])
+def test_muon_without_its_package(pool: Pool, world: int, more: str) -> None:
+    """Square matrices of a model 4 times the base's width: m^-1/2 under Muon, m^-1 for the LM head under Adam."""
+    flags = "--width-scaling independent --base-hidden-size 16 --untie-embeddings-and-output-weights --optimizer muon"
+    layout = f"--muon-tp-mode duplicated --world-size {world} {more} --json --schedule --position-embedding-type rope"
+    (ended,) = explained(pool, [[*COMMON, *flags.split(), *layout.split()]])
+    keys = ("lr", "weight_decay", "eps", "optimizer")
+    found = {g["class"]: tuple(g[key] for key in keys) for g in ended.json["groups"]}
+    assert found == {
+        "matrix": (0.005, 0.2, None, "muon"),
+        "output": (0.0025, 0.4, 1e-8, "adam"),
+        "embedding": (0.01, 0.1, 1e-8, "adam"),
+        "vector": (0.01, 0.0, 1e-8, "adam"),
+    }
+    assert ended.json["exponents"] == [0.5, 0.5]
+
+
+def test_muons_updates_are_predicted_by_its_scale(pool: Pool) -> None:
+    """A step of lr 0.005 with b = sqrt(1.9 / 0.1) at momentum 0.9, in weights of 1/8; unit_rms_norm: b / 8, lr 0.01."""
+    flags = "--width-scaling sqrt --base-hidden-size 16 --init-scaling fan-in --untie-embeddings-and-output-weights"
+    runs = [
+        [*COMMON, *flags.split(), *f"--optimizer muon --muon-scale-mode {mode} --json --schedule".split()]
+        for mode in ("spectral", "shape_scaling")
+    ]
+    spectral, shaped = explained(pool, runs)
+    b = math.sqrt(1.9 / 0.1)
+    first = "relative_update_prediction"
+    # The largest matrix is linear_fc1 (or fc2, of fan-in 256): both start with RMS 1/sqrt(C).
+    assert spectral.json["schedule"][0][first] == pytest.approx(b * 0.005 * math.sqrt(64), rel=1e-12)
+    assert shaped.json["schedule"][0][first] == pytest.approx(b / 8 * 0.01 * math.sqrt(64), rel=1e-12)
+
+
 def test_megatrons_own_mup(pool: Pool) -> None:
     """--use-mup alone: LR and eps of matrices over 4, of no LM head, no weight decay changed; and m is shown."""
     flags = "--use-mup --mup-base-hidden-size 16 --untie-embeddings-and-output-weights --json"
@@ -195,6 +227,7 @@ def held(name: str, position: Position, **changes: Any) -> tuple[Position, Held]
     """A matrix of 8 x 4 that two tensor-parallel ranks hold by rows; everything else of it may be changed."""
     spec = ParamSpec(name, (8, 4), "matrix", 4, 2.0, "hidden_size")
     values = {"class": "matrix", "shape": [8, 4], "fan_in": 4, "m": 2.0, "lr": 0.1, "weight_decay": 0.2, "eps": 1e-8}
+    values["optimizer"] = "adam"
     known = Held(spec, (4, 4), split=True, is_expert=False, assumed=False, values=values)
     if "lr" in changes:
         values["lr"] = changes.pop("lr")
@@ -334,7 +367,7 @@ MISTAKES = {
     "--train-iters 0": "Megatron refuses --train-samples not given: either train-iters or",
     # What is refused with our flags, Megatron may refuse for a reason of the machine that is not there.
     "--width-scaling sqrt --base-hidden-size 16 --use-megatron-fsdp": "--use-megatron-fsdp given: expected not",
-    "--optimizer muon": "--optimizer muon: expected adam or sgd",
+    "--optimizer adaptive_muon": "--optimizer adaptive_muon: expected one of adam, sgd, muon, soap, lion",
     "--cpu --hybrid-layer-pattern G-": "--hybrid-layer-pattern G-: expected the layers M, *, - and E with --cpu",
     "--hybrid-layer-pattern G-": "Megatron refuses these arguments: --hybrid-layer-pattern: gated delta nets (G) and",
     "--hybrid-layer-pattern M-X": "Megatron refuses these arguments: In main pattern, 'X' is not a valid layer symbol",
