@@ -70,11 +70,12 @@ def model_config(args: Any) -> Any:
 
 
 def smallest_world(args: Any) -> int:
-    """Return the number of ranks that hold one copy of the model."""
+    """Return the number of ranks that hold one copy of the model, or one for each distributed-optimizer instance."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     experts = args.expert_model_parallel_size * args.pipeline_model_parallel_size
     experts *= args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    return math.lcm(max(1, model * args.context_parallel_size), max(1, experts))
+    one = math.lcm(max(1, model * args.context_parallel_size), max(1, experts))
+    return one * (args.num_distributed_optimizer_instances or 1)
 
 
 def settle_vocabulary(args: Any, notes: list[str]) -> None:
