@@ -58,7 +58,8 @@ def _words(arguments: dict[str, Any]) -> Iterator[str]:
         yield flag
         if value is not True:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield from shlex.split(text[1:-1] if text.startswith("[") and " " in text else text)
+            several = re.fullmatch(r"\[([a-z][\w. ]*)\]", text)
+            yield from shlex.split(several[1] if several else text)
 
 
 # Of an example, what it wants to be called with; DIR is an empty folder, MACHINE a file that says 4 GPUs.

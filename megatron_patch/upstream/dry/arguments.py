@@ -66,7 +66,10 @@ def model_config(args: Any) -> Any:
     """Return Megatron's config of the model that the arguments ask for: a hybrid one, or a GPT."""
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-    return (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    # Megatron's trainer leaves it at its default, and does not call `finalize`, which with CUDA graphs asks for it.
+    config.transformer.use_te_rng_tracker = args.te_rng_tracker
+    return config
 
 
 def smallest_world(args: Any) -> int:
