@@ -350,7 +350,6 @@ MISTAKES = {
     "--train-iters 0": "Megatron refuses --train-samples not given: either train-iters or",
     # What is refused with our flags, Megatron may refuse for a reason of the machine that is not there.
     "--width-scaling sqrt --base-hidden-size 16 --use-megatron-fsdp": "--use-megatron-fsdp given: expected not",
-    "--optimizer muon": "--optimizer muon: expected adam or sgd",
     "--cpu --hybrid-layer-pattern G-": "--hybrid-layer-pattern G-: expected the layers M, *, - and E with --cpu",
     "--hybrid-layer-pattern G-": "Megatron refuses these arguments: --hybrid-layer-pattern: gated delta nets (G) and",
     "--hybrid-layer-pattern M-X": "Megatron refuses these arguments: In main pattern, 'X' is not a valid layer symbol",
