@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.explaining import explained
-from tests.support.functional_configs import FAMILIES, Functional, argument_sets
+from tests.support.functional_configs import FAMILIES, Functional, argument_sets, example
 from tests.support.pool import Pool
 
 CHECKOUT = os.environ.get("MEGATRON_LM_DIR", "")
@@ -46,6 +46,17 @@ REFUSED = {
     "--optimizer-cpu-offload": "an optimizer on the CPU",
     "--tensor-parallel-num-weight-shards": "weights sharded a second time",
     "Megatron refuses": "refused by Megatron itself, in its words",
+}
+
+
+# How the examples end: explained, or refused for the flag that is named.
+EXAMPLES_END = {
+    "llama/train_llama3_8b_h100_fp8.sh": "--decoupled-lr 0.0005: expected no second rule for the LR of embeddings",
+    "mixtral/train_mixtral_8x7b_distributed.sh": "",
+    "mamba/train.sh": "",
+    "gptoss/02_train.sh": "",
+    "megatron_fsdp/train_llama3_8b_fsdp_h100_fp8.sh": "--use-megatron-fsdp given",
+    "megatron_fsdp/sbatch_mfsdp_deepseek_v3.sh": "--use-megatron-fsdp given",
 }
 
 
@@ -88,6 +99,17 @@ def test_every_argument_set_is_explained_or_refused_for_a_known_reason(pool: Poo
     known = {"", *WITHOUT_METRICS.values(), *REFUSED.values()}
     assert {name: outcome for name, outcome in found.items() if outcome[1] not in known} == {}
     assert Counter(kind for kind, _ in found.values())["explained"] > 0.7 * len(found)
+
+
+@pytest.mark.parametrize(("script", "why"), EXAMPLES_END.items())
+def test_examples_are_explained_or_refused_by_flag(script: str, why: str, pool: Pool, tmp_path: Path) -> None:
+    words = example(Path(CHECKOUT), script, tmp_path)
+    one = Functional(script, tuple(words), int(words[words.index("--hidden-size") + 1]), None)
+    (ended,) = explained(pool, [command(one, "--alignment-interval", "100")])
+    lines = ended.err.splitlines()
+    assert ended.code == (2 if why else 0), ended.err
+    assert all(line.startswith("error: --") for line in lines), ended.err  # a line for each flag
+    assert "".join(lines).startswith(f"error: {why}") if why else not lines
 
 
 if __name__ == "__main__":

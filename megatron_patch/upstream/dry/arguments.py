@@ -66,15 +66,19 @@ def model_config(args: Any) -> Any:
     """Return Megatron's config of the model that the arguments ask for: a hybrid one, or a GPT."""
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-    return (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    # Megatron's trainer leaves it at its default, and does not call `finalize`, which with CUDA graphs asks for it.
+    config.transformer.use_te_rng_tracker = args.te_rng_tracker
+    return config
 
 
 def smallest_world(args: Any) -> int:
-    """Return the number of ranks that hold one copy of the model."""
+    """Return the number of ranks that hold one copy of the model, or one for each distributed-optimizer instance."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     experts = args.expert_model_parallel_size * args.pipeline_model_parallel_size
     experts *= args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    return math.lcm(max(1, model * args.context_parallel_size), max(1, experts))
+    one = math.lcm(max(1, model * args.context_parallel_size), max(1, experts))
+    return one * (args.num_distributed_optimizer_instances or 1)
 
 
 def settle_vocabulary(args: Any, notes: list[str]) -> None:

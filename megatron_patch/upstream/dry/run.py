@@ -172,6 +172,7 @@ def _blueprint(args: Any, gpu: bool, notes: list[str]) -> _Blueprint:
             )
             config.should_pad_vocab = False
     fields: dict[str, Any] = {"perform_initialization": False, "init_model_with_meta_device": True}
+    fields["cuda_graph_impl"] = "none"  # a layer would ask for the random state of a graph
     if not gpu:
         fields |= _NO_KERNELS
         # It wants Transformer Engine's FusedAdam, and changes no param group.

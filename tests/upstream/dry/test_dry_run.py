@@ -107,6 +107,22 @@ def test_a_real_run_agrees(name: str, pool: Pool, tmp_path: Path) -> None:
         assert sorted(set(lrs)) == pytest.approx(sorted(scaled), rel=1e-12), said
 
 
+def test_projections_into_the_latent_of_the_experts(pool: Pool) -> None:
+    """Transformer Engine's alone, and shown where there is none; 24 of the proxy's 12, which the experts read, too."""
+    flags = (
+        "--hybrid-layer-pattern *E --moe-latent-size 24 --num-experts 2 --moe-ffn-hidden-size 48 --width-scaling sqrt"
+    )
+    bases = "--base-hidden-size 16 --base-moe-latent-size 12 --base-moe-ffn-hidden-size 48 --disable-bias-linear --json"
+    (ended,) = explained(pool, [[*COMMON, *flags.split(), *bases.split()]])
+    found = {entry["name"]: (entry["shape"], entry["m"]) for entry in ended.json["parameters"]}
+    mlp = {name.removeprefix("decoder.layers.1.mlp."): entry for name, entry in found.items() if ".mlp." in name}
+    assert mlp["fc1_latent_proj.weight"] == ([24, 64], 4.0)
+    assert mlp["fc2_latent_proj.weight"] == ([64, 24], 2.0)
+    assert mlp["experts.local_experts.1.linear_fc1.weight"] == ([48, 24], 2.0)
+    assert mlp["experts.local_experts.1.linear_fc2.weight"] == ([24, 48], 1.0)
+    assert mlp["router.weight"] == ([2, 64], 4.0)
+
+
 def test_schedule_by_hand(pool: Pool) -> None:
     """Linear decay from 0.01 over 100 iterations; exp warmup of 10 from 1/4; a batch of 2 that grows to 8 samples."""
     flags = "--width-scaling independent --base-hidden-size 16 --extra-warmup exp --extra-warmup-iters 10 --min-lr 0"
