@@ -90,7 +90,7 @@ def costs(flags: dict[str, Any], dp: int, tokens: int | None = None) -> dict[str
         "memory: sampled inputs": ACTIVATION_BYTES * held * b,
         "memory: chunk of inputs, sent and received": 3 * ACTIVATION_BYTES * max(BUCKET_ELEMENTS, widest * b),
         "memory: one layer's W and outputs": max(4 * (m.fan_out * m.fan_in // tp + rows(m, tp) * b) for m in layers),
-        "collectives": (2 * chunks if scattered else 0) + (2 + chunks if dp > 1 else 0) + reductions + 1,
+        "collectives": (2 * chunks if scattered else 0) + (1 + chunks if dp > 1 else 0) + reductions + 1,
     }
 
 

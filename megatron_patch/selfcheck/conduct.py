@@ -125,10 +125,10 @@ class Conductor:
         places = {"folder": folder, "runs": os.path.join(self._folder, "runs")}
         flags = [flag.format(**places) for flag in spec.flags]
         flags += ["--data-path", self._corpus, "--data-cache-path", os.path.join(folder, "cache")]
-        flags += ["--metrics-dir", os.path.join(folder, "metrics"), "--log-interval", "1"]
+        flags += ["--metrics-dir", os.path.join(folder, "metrics")]
         flags += ["--cpu"] if spec.device == "cpu" else []
         if spec.mode == "train":
-            flags.append("--no-report")
+            flags += ["--no-report", "--log-interval", "1"]
         command = [*self._program, *flags]
         running = Running(spec, folder, time.monotonic())
         port = free_port()

@@ -16,6 +16,10 @@ PLAIN_KERNELS = (
     "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion "
     "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused"
 ).split()
+# What torch alone compiles and fuses; the kernels that are left out are Apex's or Transformer Engine's.
+COMPILED = (
+    "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion"
+).split()
 # The fused kernel is Apex's, which is not asked for.
 TE = ["--transformer-impl", "transformer_engine", "--no-gradient-accumulation-fusion"]
 DETERMINISTIC = ["--deterministic-mode", "--attention-backend", "unfused"]
@@ -151,9 +155,7 @@ def gpu_runs(machine: Machine) -> list[Spec]:
     runs = [
         spec("cpu-fp32", measured, device="cpu", limit=240.0),
         spec("fp32", [*local, *measured], exact=size.exact),
-        # Compiled and fused kernels as users have them.
-        spec("fused", ["--transformer-impl", "local", "--no-persist-layer-norm", "--bf16", *measured,
-                       "--no-gradient-accumulation-fusion"], exact=size.exact),
+        spec("fused", [*LOCAL, *COMPILED, "--bf16", *measured], exact=size.exact),
     ]  # fmt: skip
     if machine.te:
         runs += [
@@ -184,8 +186,7 @@ def gpu_runs(machine: Machine) -> list[Spec]:
             halved(spec(name, [*bf16, *flags, *measured], ranks=2))
             for name, flags in LAYOUTS.items()
         ]  # fmt: skip
-    without = [*LOCAL, "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"]
-    kernels = ["--bf16", *(TE if machine.te else without), distributed]
+    kernels = ["--bf16", *(TE if machine.te else [*LOCAL, *COMPILED]), distributed]
     cost = SMALL if machine.quick else BUSY
     runs.append(Spec("cost", (*cost.flags(), *kernels), cost, "cuda", mode="cost", alone=True, limit=180.0))
     return runs
