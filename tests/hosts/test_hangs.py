@@ -65,7 +65,7 @@ def test_megatron(hosts: TwoHosts, tmp_path: Path, how: str, where: str, seconds
     trouble = {"where": where, "how": how, "rank": 1, "iteration": 5, "seconds": seconds, "once": True}
     (tmp_path / "trouble.json").write_text(json.dumps(trouble))
     flags = ["--save", "s", "--load", "s", "--hang-timeout", "60", "--restarts", "1", "--eval-interval", "5"]
-    start = Start(hosts, tmp_path, *flags, write_script(tmp_path), real=True)
+    start = Start(hosts, tmp_path, *flags, real=True, script=write_script(tmp_path))
     assert start.ends() == 0, start.output
     if how == "loop":
         assert "nodeb: rank 1 hangs in a training step, iteration 5: spin (sticks.py:" in start.output

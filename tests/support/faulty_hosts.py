@@ -119,6 +119,7 @@ class Start:
         folder: to start in, on the shared file system.
         arguments: of the script, after hostfile and config.
         real: Megatron trains, not the stand-in.
+        script: of the user, in the place of launch/pretrain_gpt.py.
         node: without ssh, on this one of the hosts; the other one needs a start of its own.
     """
 
@@ -129,13 +130,15 @@ class Start:
         *arguments: str,
         real: bool = False,
         node: int | None = None,
+        script: str | None = None,
         **more: str,
     ) -> None:
         self.hosts, self._folder = hosts, folder
         prepare(folder, real)
         number = len(list(folder.glob("out*")))
         self.out, self.err = folder / f"out{number}", folder / f"err{number}"
-        words = ["--hostfile", str(hosts.hostfile), "--config", "tiny.yaml", "--tensor-model-parallel-size", "2"]
+        words = ["--hostfile", str(hosts.hostfile), "--config", "tiny.yaml", *([script] if script else [])]
+        words += ["--tensor-model-parallel-size", "2"]
         if node is not None:
             words += ["--no-ssh", "--node-rank", str(node), "--master-addr", hosts.a.address]
         self.host = hosts.both[node or 0]

@@ -1,6 +1,6 @@
 """A Megatron script whose ranks hang, or take their time, where a file in the working directory says so.
 
-It is launch/pretrain_gpt.py with something in the place of `get_batch` and `save_checkpoint`'s tracker file. The file
+It is launch/pretrain.py with something in the place of `get_batch` and `save_checkpoint`'s tracker file. The file
 ``trouble.json``: ``how`` (``loop``, ``sleep``, ``collective``, or ``slow``, which ends), ``where`` (``import``,
 ``start``, ``batch``, ``evaluation``, ``save``), ``rank``, ``iteration``, ``seconds`` of what is slow, and ``once`` if
 only the first start is meant.
@@ -81,5 +81,5 @@ if __name__ == "__main__":  # Megatron's checkpoint writer has helpers that impo
 
 def write_script(folder: Path) -> str:
     """Write it into a folder, and return its name."""
-    (folder / "sticks.py").write_text(_SCRIPT.replace("SCRIPT_PATH", repr(str(LAUNCH / "pretrain_gpt.py"))))
+    (folder / "sticks.py").write_text(_SCRIPT.replace("SCRIPT_PATH", repr(str(LAUNCH / "pretrain.py"))))
     return "sticks.py"
