@@ -10,6 +10,7 @@ import numpy as np
 from evidence import known, sweep_file, tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from megatron_patch.fit.curves import Curve, study
@@ -31,6 +32,8 @@ WARMUPS = {
 }
 """What was trained at width 128: its sweep and rule."""
 WIDE = 128
+COLLAPSED = ("linear_qkv/q", "linear_qkv/k")
+"""Matrices that some runs of the spectrum let decay to nothing, with the attention."""
 
 
 def signed(text: str) -> str:
@@ -125,28 +128,30 @@ def exponents(rows: Sequence[dict[str, str]], column: str) -> NDArray[np.float64
     x, y = np.hstack([np.array(logs), np.array(own)]), np.log([float(row[column]) for row in rows])
     solution, *_ = np.linalg.lstsq(x, y)
     residual = y - x @ solution
-    covariance = np.linalg.inv(x.T @ x) * residual @ residual / (len(y) - x.shape[1])
+    covariance = np.linalg.inv(x.T @ x) * float(residual @ residual) / (len(y) - x.shape[1])
     return np.stack([solution[:3], np.sqrt(np.diag(covariance)[:3])])
 
 
 def spectrum() -> list[str]:
-    """Return the fitted exponents beside those of arXiv 2510.15262, as lines of Markdown."""
+    """Return the fitted exponents of every kind of matrix beside those of arXiv 2510.15262, as lines of Markdown."""
     rows = spectrum_rows()
-    for row in rows:
-        row["ratio"] = str(float(row["top_singular_value"]) / float(row["weight_norm"]))
+    columns = ("top_singular_value", "weight_norm")
     lines = [
-        "| | LR | weight decay | width | expected |",
-        "|---|---|---|---|---|",
+        "| matrix | top singular value: LR | weight decay | width | Frobenius norm: LR | weight decay | width |",
+        "|---|---|---|---|---|---|---|",
+        "| expected | 1/2 | −1/2 | 3/4 | 1/2 | −1/2 | 1 |",
     ]
-    for column, name, expected in (
-        ("top_singular_value", "top singular value", "1/2, -1/2, 3/4"),
-        ("weight_norm", "Frobenius norm", "1/2, -1/2, 1"),
-        ("ratio", "the first over the second", "0, 0, -1/4"),
-    ):
-        values, errors = exponents(rows, column)
-        cells = [f"{value:+.2f} ± {error:.2f}".replace("-", "−") for value, error in zip(values, errors, strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {expected} |")
+    for kind in sorted({kind_of(row) for row in rows}):
+        own = [row for row in rows if kind_of(row) == kind]
+        found = [exponents(own, column) for column in columns]
+        cells = [f"{value:+.2f} ± {error:.2f}" for each in found for value, error in zip(*each, strict=True)]
+        lines.append(f"| {kind} | {' | '.join(cells).replace('-', '−')} |")
     return lines
+
+
+def kind_of(row: dict[str, str]) -> str:
+    """Return what a matrix is called in every layer: `linear_qkv/v`."""
+    return row["layer"].rpartition(".")[2]
 
 
 def spectrum_figure() -> Figure:
@@ -156,7 +161,7 @@ def spectrum_figure() -> Figure:
 
     def singular(axes: Axes) -> None:
         for place, width in enumerate(widths):
-            own = [row for row in rows if int(row["hidden_size"]) == width]
+            own = [row for row in rows if int(row["hidden_size"]) == width and kind_of(row) not in COLLAPSED]
             x = [top_singular_value_scale(float(r["lr"]), float(r["weight_decay"]), width) for r in own]
             y = [float(row["top_singular_value"]) for row in own]
             axes.plot(x, y, "o", markersize=3, color=LIGHT[place], label=f"width {width}")
@@ -164,6 +169,10 @@ def spectrum_figure() -> Figure:
         axes.plot(ends, statistics.median(np.array(y) / np.array(x)) * ends, ":", color=INK)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
         axes.set_xlabel("sqrt(LR / weight decay) * width^0.75")
         axes.legend(frameon=False)
 
@@ -188,8 +197,8 @@ def spectrum_figure() -> Figure:
     return grid_figure(
         "steady state at a constant LR, no rule",
         [
-            Picture("top singular value of every matrix", "", singular),
-            Picture("sublayer gain, RMS out / RMS in, median over LRs and decays", "", gain),
+            Picture("top singular values, without q and k", "", singular),
+            Picture("sublayer gain, median over the runs", "", gain),
         ],
     )
 

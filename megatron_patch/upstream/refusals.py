@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-import torch
-
 from megatron_patch.config.optimizer import EMERGING, SHARD_BY_SHARD
 from megatron_patch.errors import ConfigError
 
@@ -165,11 +163,15 @@ TABLE: tuple[Refusal, ...] = (
     Refusal(
         "main_params_dtype",
         "--main-params-dtype",
-        (None, "fp32", torch.float32),
+        (None, "fp32"),
         Feature.METRICS,
         "fp32 while metrics are on: from coarser weights no update can be measured",
         "leave it out, or set --alignment-interval and --spectral-interval to 0",
-        applies=lambda settings: bool(settings.get("use_precision_aware_optimizer")),
+        # Once Megatron has read it, the value is torch's; torch itself is not imported for a look at flags.
+        applies=lambda settings: (
+            bool(settings.get("use_precision_aware_optimizer"))
+            and str(settings["main_params_dtype"]) != "torch.float32"
+        ),
     ),
     _inexact("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), f"none: {_NO_HOOKS}"),
     _inexact("enable_cuda_graph", "--enable-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),

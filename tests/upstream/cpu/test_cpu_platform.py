@@ -57,8 +57,9 @@ def _activate_and_restore() -> None:
 
     platform = cpu_platform.activate()
     assert cpu_platform.activate() is platform, "a second activation returns the live one"
-    for owner, name, original in places:
-        assert getattr(owner, name) is not original, name
+    for stand_in, (owner, name, original) in zip(STAND_INS, places, strict=True):
+        # What is False without mamba_ssm stays False.
+        assert getattr(owner, name) is not original or stand_in.replacement is original, name
     with platform:
         pass
     for (owner, name, original), was_own in zip(places, own, strict=True):
