@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from megatron_patch.config.pattern import as_in_gpt
@@ -64,9 +65,9 @@ class NormForecast:
 
     def snapshot(self) -> "NormForecast":
         """Return one that stays as this one is now."""
-        copy = NormForecast(self._group_of, self._initial_rms)
-        copy._factors = dict(self._factors)
-        return copy
+        kept = copy(self)
+        kept._factors = dict(self._factors)
+        return kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, the same on every rank, for a checkpoint."""
