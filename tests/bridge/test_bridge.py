@@ -172,3 +172,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     expected = [1e-2 / 2 * exp_increasing(t, 8, 4.0) for t in (3, 4)]
     assert [groups[matrix]["lr"] for groups in second["groups"]] == pytest.approx(expected)
     assert {name: read_lines(f"{again}/m", name) for name in kept} == kept
+
+
+def test_another_rule_is_refused_before_anything_is_loaded_and_so_is_a_run_without_the_callbacks(
+    tmp_path: Path,
+) -> None:
+    save = str(tmp_path / "save")
+    (first,) = bridge(train_iters=1, save=save, settings=RULE)
+    assert first["error"] is None
+    (other,) = bridge(train_iters=2, load=save, settings={**RULE, "width_scaling": "independent"})
+    kind, message = other["error"]
+    assert kind == "ConfigError"
+    assert message.startswith(f"--load {save}: expected the hyperparameters of the checkpoint")
+    assert "--width-scaling: sqrt -> independent" in message
+    (forgotten,) = bridge(train_iters=1, settings=RULE, forget_callbacks=True)
+    assert forgotten["error"][0] == "AuditError"
+    assert "pretrain(cfg, forward_step, callbacks=callbacks)" in forgotten["error"][1]
+
+
+def test_an_optimizer_that_was_changed_is_found_before_the_first_step() -> None:
+    (told,) = bridge(train_iters=1, settings=RULE, tamper=True)
+    kind, message = told["error"]
+    assert (kind, told["losses"]) == ("AuditError", [])
+    assert "the optimizer has max_lr" in message
+
+
+def test_megatrons_own_mup_scales_the_lr_and_the_rule_adds_the_weight_decay() -> None:
+    """m = 4: Megatron divides the matrices' LR and eps by 4; the rule multiplies their weight decay by 4."""
+    (told,) = bridge(
+        train_iters=1,
+        settings={"width_scaling": "independent", "base_hidden_size": 8, "base_ffn_hidden_size": 12},
+        model={"use_mup": True, "mup_base_hidden_size": 8},
+        optimizer={"adam_eps": 1e-8},
+    )
+    assert told["error"] is None
+    groups = told["groups"][0]
+    matrix = groups["decoder.layers.1.mlp.linear_fc2.weight"]
+    assert [matrix[key] for key in ("max_lr", "weight_decay", "eps")] == pytest.approx([1e-2 / 4, 0.1 * 4, 1e-8 / 4])
+    vector = groups["decoder.final_layernorm.weight"]
+    assert [vector[key] for key in ("max_lr", "weight_decay", "eps")] == pytest.approx([1e-2, 0.0, 1e-8])
