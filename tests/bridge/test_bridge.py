@@ -3,11 +3,14 @@
 Needs the environment that `.ci/test_bridge` makes; everywhere else the whole file is skipped.
 """
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,25 +38,32 @@ def bridge(ranks: int = 1, **options: Any) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
-    for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        command = [sys.executable, "-m", "tests.bridge.training", json.dumps(options)]
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    with contextlib.ExitStack() as opened:
+        started, outputs = [], [opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        for rank, output in enumerate(outputs):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+            }
+            command = [sys.executable, "-m", "tests.bridge.training", json.dumps(options)]
+            # Bridge's saving leaves processes behind that would hold a pipe open: a file, and a session of their own.
+            started.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
             )
-        )
-    said = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, "\n".join(text[-3000:] for text in said)
+        codes, said = [process.wait() for process in started], []
+        for process, output in zip(started, outputs, strict=True):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            output.seek(0)
+            said.append(output.read())
+    assert codes == [0] * ranks, "\n".join(text[-3000:] for text in said)
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
