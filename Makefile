@@ -3,6 +3,7 @@
 # make test         set up and run the whole test suite
 # make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
+# make test-bridge  the tests with Megatron-Bridge, in an environment of its own (.venv-bridge)
 # make test-core    param groups, scheduler and audit at older releases of megatron-core, each in an environment of its own
 # make selfcheck    what a CPU can do of the selfcheck of a GPU machine, with small models (docs/gpu.md)
 # make test-wheel   every command of the wheel, in an environment without the checkout
@@ -24,7 +25,7 @@ PYTHON ?= $(shell .ci/find_python)
 # Whose torch the tests of older releases of megatron-core use.
 CORE_PYTHON ?= $(BIN)/python
 
-.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-core selfcheck \
+.PHONY: setup quickstart test test-fast figures figures-quick figures-draw sweep-example test-te test-bridge test-core selfcheck \
 	test-wheel test-hosts test-megatron test-next lint docs bench clean
 
 setup: $(VENV)/.installed
@@ -59,6 +60,9 @@ sweep-example: setup
 test-te:
 	PYTHON="$(PYTHON)" .ci/install_te.sh .venv-te
 	.ci/test_te .venv-te
+
+test-bridge: setup
+	.ci/test_bridge $(BIN)/python
 
 test-core: setup
 	.ci/test_core $(CORE_PYTHON) 0.17.1 0.18.2
@@ -98,4 +102,4 @@ bench: setup
 	$(BIN)/python benchmarks/alignment_cost.py
 
 clean:
-	rm -rf site $(VENV) .venv-te .venv-core-*
+	rm -rf site $(VENV) .venv-te .venv-bridge .venv-core-*

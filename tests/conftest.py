@@ -25,7 +25,7 @@ settings.load_profile("tests")
 # and whole folders and files that train, load Megatron, draw or try everything.
 SLOW_WORDS = ("subprocess", "Popen", "pool.run", "pool: Pool", "chromium")
 SLOW_PLACES = frozenset(
-    "core data faults hosts launch report sweep te upstream upstream_suite".split()
+    "bridge core data faults hosts launch report sweep te upstream upstream_suite".split()
     + "test_fuzz.py test_fuzz_tools.py test_spectral.py".split()
 )
 

@@ -243,8 +243,8 @@ class _Run:
                 "the optimizer was not built by get_megatron_optimizer, where every parameter gets its LR and weight "
                 "decay; let Megatron's setup_model_and_optimizer build it, or drop the width-transfer flags"
             )
-        planned.audit(optimizer, scheduler)
-        self._audit = lambda: planned.audit(optimizer, scheduler)
+        planned.audit(optimizer, scheduler, args)
+        self._audit = lambda: planned.audit(optimizer, scheduler, args)
         self._recorder = Recorder(planned, optimizer, metrics.directory, args)
         directory = metrics.directory
         if metrics.active and directory is not None:

@@ -100,7 +100,7 @@ class Recorder:
                 "> no --metrics-dir, --save or --tensorboard-dir: hyperparameters.json and run.json not written"
             )
         else:
-            self._record = collectively(lambda: _begin_files(directory, table, args))
+            self._record = collectively(lambda: begin_files(directory, table, args))
 
     def logged(self, iteration: int, losses: dict[str, Any]) -> None:
         """After Megatron's `training_log`: LR and weight decay of every class where it logs its own."""
@@ -155,7 +155,7 @@ class Recorder:
         return result
 
 
-def _begin_files(directory: str, table: dict[str, Any], args: Any) -> RunRecord | None:
+def begin_files(directory: str, table: dict[str, Any], args: Any) -> RunRecord | None:
     """Write hyperparameters.json on the first rank, and begin run.json on the last, which keeps it."""
     from megatron.core import parallel_state
 

@@ -32,6 +32,11 @@ FLOORS = {
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron deepspeed",
     ),
+    "bridge": Floor(
+        "the same through the doors of NVIDIA's Megatron-Bridge: one call of a recipe",
+        "errors files config metrics upstream",
+        "torch megatron",
+    ),
     "plain": Floor(
         "rules, warmups, audit and metrics for any torch model: DDP, FSDP2, DeepSpeed's engine; without Megatron",
         "errors theory metrics zero",

@@ -1,7 +1,7 @@
 """The metrics in Megatron's training step: when to measure, and where the results go."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +66,7 @@ class AlignmentMonitor:
         parameters: every parameter of this rank, described.
         optimizer: Megatron's.
         args: Megatron's arguments.
+        log: gives values to the run's writers, on the rank that has them; Megatron's by default.
 
     Raises:
         ConfigError: no layer matches --alignment-layers.
@@ -78,12 +79,14 @@ class AlignmentMonitor:
         parameters: Sequence[NamedParameter],
         optimizer: Any,
         args: Any,
+        log: Callable[[Mapping[str, float], int], None] | None = None,
     ) -> None:
         from megatron.core import parallel_state
         from megatron.core.utils import get_model_config
 
         self._settings = settings
         self._args = args
+        self._log = log or _log
         self._optimizer = optimizer
         self._step = _Step()
         config = get_model_config(model[0])
@@ -210,7 +213,9 @@ class AlignmentMonitor:
                     settings.reference_count,
                     self._pattern,
                 )
-        return Reporter(self._registry, self._lines_wanted, args.hidden_size, _log, files, alarm, self._means_wanted)
+        return Reporter(
+            self._registry, self._lines_wanted, args.hidden_size, self._log, files, alarm, self._means_wanted
+        )
 
     def _token_count(self) -> int:
         """Return how many tokens to look at on each data-parallel rank."""

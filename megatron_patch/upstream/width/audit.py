@@ -21,7 +21,7 @@ def _compared(settings: type) -> tuple[tuple[str, Any], ...]:
     return tuple((one.name, one.default) for one in options_of(settings) if one.name not in _NOT_COMPARED)
 
 
-_CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
+CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
     *_compared(WidthConfig),
     ("use_mup", False),
     *_compared(WarmupConfig),
@@ -225,7 +225,7 @@ def check_checkpoint(saved: Any, args: Any, plan: Plan, weights_only: bool, in_g
     differences = [
         f"--{key.replace('_', '-')}: {then} -> {now}"
         for key, then, now in (
-            (key, getattr(saved, key, default), getattr(args, key, default)) for key, default in _CHECKPOINT_KEYS
+            (key, getattr(saved, key, default), getattr(args, key, default)) for key, default in CHECKPOINT_KEYS
         )
         if then != now
     ]

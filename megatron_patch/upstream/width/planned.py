@@ -46,24 +46,11 @@ class PlannedRun:
             overrides: what the caller gave; None for Megatron's own.
 
         Raises:
-            AuditError: on all ranks, if the optimizer of one does not hold the plan, or the rule scales nothing.
-            ConfigError: a ``--base-...`` flag that no layer of the model uses.
-            ValueError: on all ranks, if a parameter of one has no known fan-in.
+            AuditError: on all ranks, if the optimizer of one does not hold the plan; and what `plan_run` raises.
         """
-        from megatron.training import print_rank_0
+        from megatron.training import get_args
 
-        plan = collectively(lambda: _make_plan(settings, config, model))
-        specs = [p.spec for p in plan.parameters]
-        ranks = gather((dimensions_read(model), {s.role for s in specs}, cautions(plan.width, plan.parameters)))
-        # One rank may well have nothing to scale: a pipeline stage of embeddings alone.
-        roles = set().union(*(roles for _, roles, _ in ranks))
-        if plan.width.rule != "none" and not roles & {"matrix", "output"}:
-            raise AuditError(
-                f"--width-scaling {plan.rule.name} scales no parameter: the model has {', '.join(sorted(roles))} only"
-            )
-        check_bases_used(plan.width, set().union(*(used for used, _, _ in ranks)))
-        for line in dict.fromkeys(line for _, _, lines in ranks for line in lines):
-            print_rank_0(f"WARNING: --width-scaling: {line}")
+        plan = plan_run(settings, get_args(), config, model)
         if overrides is None:
             from megatron.core.optimizer import get_standard_config_overrides
 
@@ -97,18 +84,53 @@ class PlannedRun:
         legacy = kind == CheckpointType.LEGACY
         return check_checkpoint(state_dict["args"], ours, self.plan, weights_only, in_groups=legacy)
 
-    def audit(self, optimizer: Any, scheduler: Any) -> None:
-        """Hold the live optimizer and scheduler to the plan once more, after a checkpoint was loaded; a collective."""
-        from megatron.training import get_args
+    def audit(self, optimizer: Any, scheduler: Any, args: Any) -> None:
+        """Hold the live optimizer and scheduler to the plan once more, after a checkpoint was loaded; a collective.
 
-        if self.plan.width.active and get_args().override_opt_param_scheduler:
-            restore_peaks(optimizer, scheduler, get_args())
+        Args:
+            optimizer: the live one.
+            scheduler: the live one.
+            args: Megatron's namespace.
+        """
+        if self.plan.width.active and args.override_opt_param_scheduler:
+            restore_peaks(optimizer, scheduler, args)
 
         def both() -> None:
             audit_groups(self.plan, optimizer)
             audit_schedule(self.plan, optimizer, scheduler)
 
         collectively(both)
+
+
+def plan_run(settings: Settings, args: Any, config: Any, model: Any) -> Plan:
+    """Plan every parameter, and say aloud what a user should know of it; a collective call.
+
+    Args:
+        settings: ours.
+        args: Megatron's namespace, of which the end of the weight-decay schedule and --use-mup are read.
+        config: its OptimizerConfig.
+        model: its model chunks.
+
+    Raises:
+        AuditError: on all ranks, if the rule scales nothing.
+        ConfigError: a ``--base-...`` flag that no layer of the model uses.
+        ValueError: on all ranks, if a parameter of one has no known fan-in.
+    """
+    from megatron.training import print_rank_0
+
+    plan = collectively(lambda: _make_plan(settings, args, config, model))
+    specs = [p.spec for p in plan.parameters]
+    ranks = gather((dimensions_read(model), {s.role for s in specs}, cautions(plan.width, plan.parameters)))
+    # One rank may well have nothing to scale: a pipeline stage of embeddings alone.
+    roles = set().union(*(roles for _, roles, _ in ranks))
+    if plan.width.rule != "none" and not roles & {"matrix", "output"}:
+        raise AuditError(
+            f"--width-scaling {plan.rule.name} scales no parameter: the model has {', '.join(sorted(roles))} only"
+        )
+    check_bases_used(plan.width, set().union(*(used for used, _, _ in ranks)))
+    for line in dict.fromkeys(line for _, _, lines in ranks for line in lines):
+        print_rank_0(f"WARNING: --width-scaling: {line}")
+    return plan
 
 
 def _check_back_end(saved: Any, ours: Any) -> None:
@@ -124,12 +146,11 @@ def _check_back_end(saved: Any, ours: Any) -> None:
         )
 
 
-def _make_plan(settings: Settings, config: Any, model: Any) -> Plan:
+def _make_plan(settings: Settings, args: Any, config: Any, model: Any) -> Plan:
     from megatron.core import parallel_state
     from megatron.core.utils import get_model_config
-    from megatron.training import get_args, print_rank_0
+    from megatron.training import print_rank_0
 
-    args = get_args()
     model_config = get_model_config(model[0])
     width = settings.width
     parameters = list(describe(model, model_config, width, parallel_state))

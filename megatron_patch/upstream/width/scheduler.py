@@ -11,7 +11,7 @@ from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.forecast import NormForecast
 from megatron_patch.theory.schedules import decay_away, decay_away_step, exp_increasing
 
-_STATE_KEY = "megatron_patch"
+STATE_KEY = "megatron_patch"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         if self._forecast is not None:
             own["forecast"] = self._forecast.state_dict()
         if own:
-            state[_STATE_KEY] = own
+            state[STATE_KEY] = own
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         Raises:
             ConfigError: the checkpoint has no state of the extra warmup, or one of another length.
         """
-        own = state_dict.get(_STATE_KEY, {})
+        own = state_dict.get(STATE_KEY, {})
         saved = own.get("warmup")
         self._loaded_forecast = own.get("forecast")
         if self.warmup.kind != "none" and self.warmup.m != 1 and not self.warmup.accept_other_checkpoints:

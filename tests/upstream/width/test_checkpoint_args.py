@@ -51,7 +51,7 @@ def test_what_is_restored_is_compared() -> None:
     elsewhere = {"init_scaling", "extra_warmup_iters", "extra_warmup_fraction"}
     megatrons = {"use_mup", "lr", "min_lr", "start_weight_decay", "end_weight_decay", "adam_eps", "optimizer"}
     megatrons |= {"muon_scale_mode", "muon_extra_scale_factor", "muon_scalar_optimizer"}
-    compared = dict(audit._CHECKPOINT_KEYS)
+    compared = dict(audit.CHECKPOINT_KEYS)
     assert set(compared) == set(restored) - elsewhere | megatrons
     assert {f"base_{name}" for name in BASE_DIMENSIONS} <= set(compared)
     defaults = vars(parsed())
