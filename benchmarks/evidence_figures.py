@@ -124,10 +124,13 @@ def half_way(measured: Measured, proxy: Key) -> Callable[..., None]:
 
 def mechanism(name: str, measured: Measured, proxy: Key) -> list[Picture]:
     """Return the pictures of what weight decay does to the layers."""
+    update = Picture("relative update, over the proxy's", "", over_time(measured, "relative_update", proxy))
+    if name in names():
+        update = Picture(f"{update.title}; dotted: eq. 38", "", warmup_effect(name, measured, proxy))
     return [
         Picture("relative representation change, over the proxy's", "", over_time(
             measured, "relative_representation_change", proxy)),
-        Picture("relative update, over the proxy's; dotted: eq. 38", "", warmup_effect(name, measured, proxy)),
+        update,
         Picture("alignment ratio", "", over_time(measured, "alignment_ratio", None)),
         Picture("alignment ratio of every matrix, half-way", "", half_way(measured, proxy)),
     ]  # fmt: skip
