@@ -56,9 +56,10 @@ def test_a_restart_goes_on_from_the_last_checkpoint(hosts: TwoHosts, tmp_path: P
     start.clean()
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("how", "where", "seconds"),
-    [("loop", "batch", 0), pytest.param("slow", "evaluation", 90, marks=pytest.mark.extra)],
+    [("loop", "batch", 0), ("slow", "evaluation", 90)],
 )
 def test_megatron(hosts: TwoHosts, tmp_path: Path, how: str, where: str, seconds: float) -> None:
     """A real training, with gloo: a rank in a loop before a collective; an evaluation that takes its time."""

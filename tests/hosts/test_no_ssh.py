@@ -61,7 +61,7 @@ def test_all_restart_from_the_same_checkpoint(hosts: TwoHosts, tmp_path: Path) -
     assert "nodeb: rank 1 hangs in a training step, iteration 25: loop (" in starts[0].output
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.extra), 1])
 def test_a_killed_rank_ends_all(hosts: TwoHosts, tmp_path: Path, where: int) -> None:
     starts = both(hosts, tmp_path, *SAVE, *ENDLESS)
     trains(*starts)
@@ -72,7 +72,7 @@ def test_a_killed_rank_ends_all(hosts: TwoHosts, tmp_path: Path, where: int) -> 
         assert f"node{'ab'[where]}: a rank was ended by SIGKILL" in start.last, start.output
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.extra), 1])
 def test_a_killed_script_ends_all(hosts: TwoHosts, tmp_path: Path, where: int) -> None:
     starts = both(hosts, tmp_path, *SAVE, *ENDLESS)
     trains(*starts)
@@ -83,7 +83,7 @@ def test_a_killed_script_ends_all(hosts: TwoHosts, tmp_path: Path, where: int) -
     assert expected in starts[1 - where].last, starts[1 - where].output
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.extra), 1])
 def test_a_signal_on_one_host_ends_all(hosts: TwoHosts, tmp_path: Path, where: int) -> None:
     """As `scancel` and Ctrl-C do; it is not gone on from."""
     starts = both(hosts, tmp_path, *SAVE, *ENDLESS, "--restarts", "3")
