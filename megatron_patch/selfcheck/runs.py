@@ -56,7 +56,7 @@ class Spec:
     """``train``; ``cost``: steps are timed; ``refusal``: ends with exit code 2 before anything is trained."""
     environment: Mapping[str, str] = field(default_factory=dict)
     script: str = ""
-    """The Megatron script that is watched; by default launch/pretrain_gpt.py."""
+    """The Megatron script that is watched; by default launch/pretrain.py."""
 
 
 @dataclass(frozen=True)

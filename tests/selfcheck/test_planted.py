@@ -17,7 +17,7 @@ from tests.support.pool import ROOT
 
 MACHINE = Machine(0, False, {}, quick=True)
 SCRIPT = str(ROOT / "tests" / "support" / "plants.py")
-HEALTHY = str(ROOT / "launch" / "pretrain_gpt.py")
+HEALTHY = str(ROOT / "launch" / "pretrain.py")
 
 
 @pytest.fixture(scope="module")

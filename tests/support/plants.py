@@ -1,6 +1,6 @@
 """A Megatron script with a fault in it, for the selfcheck to find: which one is in the variable PLANT.
 
-It trains as launch/pretrain_gpt.py does. Faults are planted where a mistake of ours, or of a library, would be.
+It trains as launch/pretrain.py does. Faults are planted where a mistake of ours, or of a library, would be.
 """
 
 import os
@@ -124,4 +124,4 @@ def other_weights_after_a_load() -> None:
 if __name__ == "__main__":
     for fault in filter(None, os.environ.get("PLANT", "").split()):
         globals()[fault]()
-    runpy.run_path(str(ROOT / "launch" / "pretrain_gpt.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "launch" / "pretrain.py"), run_name="__main__")
