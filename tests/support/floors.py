@@ -27,7 +27,7 @@ FLOORS = {
     "kernels": Floor("in plain torch, what Megatron takes from CUDA libraries", "errors", "torch"),
     "zero": Floor("what DeepSpeed's ZeRO keeps of a model, and where", "errors", "torch deepspeed"),
     "upstream": Floor(
-        "the hooks: the only place that knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
+        "the hooks: what knows Megatron and Transformer Engine, and DeepSpeed under Megatron's loop",
         "errors theory files config hosts metrics kernels zero",
         # packaging: the versions that Megatron compares are its objects
         "torch packaging megatron deepspeed",
