@@ -551,10 +551,7 @@ def refusals(runs: list[str]) -> list[tuple[str, str]]:
 
 REFUSED = {
     "--optimizer sgd": "--optimizer",
-    "--optimizer muon": "--optimizer",
     "--optimizer adaptive_muon": "--optimizer",
-    "--optimizer soap": "--optimizer",
-    "--optimizer lion": "--optimizer",
     "--use-megatron-fsdp --ckpt-format fsdp_dtensor": "--use-megatron-fsdp",
     "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights": "--use-torch-fsdp2",
     "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer": "--optimizer-cpu-offload",
