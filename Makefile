@@ -1,6 +1,6 @@
 # make quickstart   set up and pretrain a small GPT on CPU, two ranks; ends with a summary and pictures. FLAGS="..." go to
 #                   the run: FLAGS="--deepspeed --deepspeed-config configs/deepspeed/zero1.json" trains on DeepSpeed's engine
-# make test         set up and run the whole test suite
+# make test         set up and run the whole test suite; WORKERS=2 test files at a time
 # make test-fast    the tests without processes, Megatron and pictures, in about a minute
 # make test-te      the tests that need the real Transformer Engine, in an environment of its own (.venv-te)
 # make test-bridge  the tests with Megatron-Bridge, in an environment of its own (.venv-bridge)
@@ -22,6 +22,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell .ci/find_python)
+WORKERS ?= 2
 # Whose torch the tests of older releases of megatron-core use.
 CORE_PYTHON ?= $(BIN)/python
 
@@ -40,7 +41,7 @@ quickstart: setup
 	launch/quickstart.sh $(FLAGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not hosts"
+	$(BIN)/python -m pytest -m "not hosts" --numprocesses $(WORKERS) --dist loadfile
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not hosts"

@@ -1,6 +1,5 @@
 """From text to Megatron's .bin and .idx: same ids as Megatron, same bytes every time, nothing half-written."""
 
-import gzip
 import io
 import json
 import lzma
@@ -30,6 +29,7 @@ from megatron_patch.data.preprocess import map_in_order, parse_split, preprocess
 from megatron_patch.data.tokenizer import Tokenizer, learnable_lines, load_tokenizer, sample, train_tokenizer
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.output import OutputFiles
+from tests.support.compressed import gzipped
 
 Tool = Callable[..., int]
 
@@ -297,7 +297,7 @@ def write_mixed(folder: Path, documents: list[str]) -> str:
         pytest.param(write_texts, id="text"),
         pytest.param(write_parquet, id="parquet"),
         pytest.param(write_saved, id="saved"),
-        pytest.param(write_compressed(gzip.compress, ".gz"), id="gz"),
+        pytest.param(write_compressed(gzipped, ".gz"), id="gz"),
         pytest.param(write_compressed(lzma.compress, ".xz"), id="xz"),
         pytest.param(write_mixed, id="mixed"),
     ],
@@ -328,7 +328,7 @@ def test_hub_streams_the_split_train(
 
 def test_document_per_line(model: str, tmp_path: Path) -> None:
     lines = [f"line {i} é" for i in range(50)]
-    (tmp_path / "lines.txt.gz").write_bytes(gzip.compress("\r\n".join([*lines, "", ""]).encode()))
+    (tmp_path / "lines.txt.gz").write_bytes(gzipped("\r\n".join([*lines, "", ""]).encode()))
     corpora = {
         "lines": open_corpus(str(tmp_path / "lines.txt.gz"), document_per_line=True),
         "rows": open_corpus(write_jsonl(tmp_path / "rows.jsonl", lines)),
@@ -343,7 +343,7 @@ def test_document_per_line(model: str, tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("a[1].jsonl", b'{"text": "null"}\n'),
-        (".hidden/__x__/a?.jsonl.gz", gzip.compress(b'{"text": "null"}\n')),
+        (".hidden/__x__/a?.jsonl.gz", gzipped(b'{"text": "null"}\n')),
         ("a*.txt.xz", lzma.compress(b"null")),
         ("a.csv", b'number,text\n1,"null"\n'),
     ],
@@ -456,7 +456,7 @@ def test_split_that_stays_empty(model: str, tmp_path: Path) -> None:
 
 
 def corrupt_gzip(folder: Path) -> str:
-    whole = gzip.compress(b'{"text": "a"}\n' * 100_000)
+    whole = gzipped(b'{"text": "a"}\n' * 100_000)
     (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     return str(folder / "cut.jsonl.gz")
 

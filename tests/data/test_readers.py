@@ -3,7 +3,6 @@
 import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -25,6 +24,7 @@ from hypothesis import strategies as st
 from megatron_patch.data import readers
 from megatron_patch.data.corpus import open_corpus
 from megatron_patch.errors import ConfigError
+from tests.support.compressed import gzipped
 
 Tool = Callable[..., int]
 
@@ -88,17 +88,17 @@ def zipped() -> bytes:
         ("a.Json", ROWS),
         ("a.jsonlines", ROWS),
         ("a.NDJSON", ROWS),
-        ("A.JSONL.GZ", gzip.compress(ROWS)),
-        ("a.jsonl.gz", gzip.compress(ROWS[:16]) + gzip.compress(ROWS[16:])),
+        ("A.JSONL.GZ", gzipped(ROWS)),
+        ("a.jsonl.gz", gzipped(ROWS[:16]) + gzipped(ROWS[16:])),
         ("a.jsonl.Bz2", bz2.compress(ROWS)),
         ("a.jsonl.xz", lzma.compress(ROWS[:16]) + lzma.compress(ROWS[16:])),
         ("a.jsonl.zst", zstd(ROWS)),
         ("two_frames.jsonl.ZST", zstd(ROWS[:16]) + zstd(ROWS[16:])),
         ("a.CSV", TABLE),
-        ("a.csv.gz", gzip.compress(TABLE)),
+        ("a.csv.gz", gzipped(TABLE)),
         ("a.pq", parquet(["one", "two"])),
         ("A.PARQUET", parquet(["one", "two"])),
-        ("a.parquet.gz", gzip.compress(parquet(["one", "two"]))),
+        ("a.parquet.gz", gzipped(parquet(["one", "two"]))),
         ("a.parquet.zst", zstd(parquet(["one", "two"]))),
         ("stream.arrow", arrow(pyarrow.ipc.new_stream)),
         ("file.Arrow", arrow(pyarrow.ipc.new_file)),
@@ -128,7 +128,7 @@ def test_format_is_refused_where_it_means_nothing(spec: str, hub: bool) -> None:
         ("a.txt", ROWS),
         ("a.txt", codecs.BOM_UTF8 + b"\n \n" + ROWS),
         ("part-0001", ROWS),
-        ("a.txt.gz", gzip.compress(ROWS)),
+        ("a.txt.gz", gzipped(ROWS)),
         ("one_long_line.txt", b'{"text": "' + b"x" * 300_000 + b'"}\n'),
         ("cut_in_a_list.txt", b'{"words": [' + b'"word", ' * 50_000 + b'"end"]}\n'),
     ],
@@ -151,20 +151,20 @@ def test_text_with_braces_is_text(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("a.tar.gz", gzip.compress(tar()), "an archive; unpack it"),
-        ("A.TGZ", gzip.compress(tar()), "an archive; unpack it"),
+        ("a.tar.gz", gzipped(tar()), "an archive; unpack it"),
+        ("A.TGZ", gzipped(tar()), "an archive; unpack it"),
         ("a.tar", tar(), "an archive; unpack it"),
         ("a.zip", zipped(), "an archive; unpack it"),
         ("a.jsonl.zip", zipped(), "an archive; unpack it"),
         ("a.txt.lz4", b"\x04\x22\x4d\x18", "a compression not known here; decompress it"),
         ("a.tsv", b"a\tb\n", r"a table by its name; make it \.csv"),
         ("a.txt", tar(), "a tar archive by its first bytes; unpack it"),
-        ("a.txt.gz", gzip.compress(tar()), "a tar archive by its first bytes; unpack it"),
+        ("a.txt.gz", gzipped(tar()), "a tar archive by its first bytes; unpack it"),
         ("a.jsonl.zst", zstd(tar()), "a tar archive by its first bytes; unpack it"),
         ("a.txt", zipped(), "a zip archive.* by its first bytes; unpack it"),
         ("a.csv", zipped(), "a zip archive.* by its first bytes; unpack it"),
-        ("a.jsonl", gzip.compress(ROWS), r"compressed with gzip .*; let its name end in \.gz"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(ROWS)), r"compressed with gzip .*; let its name end in \.gz"),
+        ("a.jsonl", gzipped(ROWS), r"compressed with gzip .*; let its name end in \.gz"),
+        ("a.jsonl.gz", gzipped(gzipped(ROWS)), r"compressed with gzip .*; let its name end in \.gz"),
         ("a.txt", bz2.compress(ROWS), r"compressed with bzip2 .*; let its name end in \.bz2"),
         ("a.txt", lzma.compress(ROWS), r"compressed with xz .*; let its name end in \.xz"),
         ("a.txt", zstd(ROWS), r"compressed with zstd .*; let its name end in \.zst"),
@@ -192,7 +192,7 @@ def test_bytes_that_are_no_text_are_refused_whatever_is_told(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
-@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)])
+@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzipped), (".xz", lzma.compress), (".zst", zstd)])
 def test_compressed_file_that_is_cut_off_is_refused(
     ending: str, compress: Callable[[bytes], bytes], cut: int, tmp_path: Path
 ) -> None:
@@ -225,7 +225,7 @@ def test_pipe_is_read_from_its_beginning(tmp_path: Path) -> None:
 )
 def test_byte_order_mark_is_no_text(name: str, content: bytes, documents: list[str], tmp_path: Path) -> None:
     marked = codecs.BOM_UTF8 + content
-    assert read(put(tmp_path, name, gzip.compress(marked) if name.endswith(".gz") else marked)) == documents
+    assert read(put(tmp_path, name, gzipped(marked) if name.endswith(".gz") else marked)) == documents
 
 
 def test_byte_order_marks_of_files_put_together_are_no_text(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ SOUND = [
     TABLE,
     parquet(["one"]),
     arrow(pyarrow.ipc.new_file),
-    gzip.compress(ROWS),
+    gzipped(ROWS),
     zstd(TABLE),
     lzma.compress(ROWS),
 ]
