@@ -5,8 +5,9 @@
     python benchmarks/evidence.py left                          # which runs the tables lack
 
 A sweep file configs/evidence/NAME.yaml has its results in docs/evidence/NAME/: `trials.csv`, a table that
-`megatron-patch report` and `transfer` read, and `layers.csv` and `sublayers.csv`, what was measured in every layer. A
-trial of the sweep file that trials.csv has is not trained again: remove its line to have it trained.
+`megatron-patch report` and `transfer` read; `layers.csv` and `sublayers.csv`, what was measured in every layer; of a
+sweep that saves checkpoints `singular_values.csv`, all singular values of the matrices at the end. A trial of the sweep
+file that trials.csv has is not trained again: remove its line to have it trained.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import csv
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import METRICS_FOLDER
@@ -118,7 +121,42 @@ def collect(name: str) -> None:
     for run, trial in zip(runs, trials, strict=True):
         append_rows(folder / "layers.csv", MEASURED, trial, run.alignment)
         append_rows(folder / "sublayers.csv", ("gain",), trial, run.sublayers)
+    for trial, trained in zip(trials, done, strict=True):
+        if checkpoint := max(Path(trained).glob("checkpoints/iter_*/mp_rank_00/model_optim_rng.pt"), default=None):
+            append_rows(folder / "singular_values.csv", ("place", "value"), trial, tuple(singular_values(checkpoint)))
     print(f"{name}: {len(trials)} added, {len(left(name, file))} left")
+
+
+@dataclasses.dataclass(frozen=True)
+class SingularValue:
+    """One of a matrix; `place` counts them from the largest, 0."""
+
+    iteration: int
+    layer: str
+    place: int
+    value: float
+
+
+def singular_values(checkpoint: Path) -> Iterator[SingularValue]:
+    """Yield all singular values of the matrices in the decoder, from a checkpoint of one rank (--ckpt-format torch).
+
+    Fused ones are taken apart: a gated linear_fc1 into gate and up, linear_qkv [heads * 3 * d_head, d] into q, k and v
+    """
+    state = torch.load(checkpoint, weights_only=False)
+    heads = state["args"].num_attention_heads
+    for name, weight in state["model"].items():
+        if not (name.startswith("decoder.layers.") and weight is not None and weight.dim() == 2):
+            continue
+        layer, columns = name.removesuffix(".weight"), weight.shape[1]
+        parts = {layer: weight}
+        if layer.endswith("linear_fc1"):
+            parts = dict(zip((f"{layer}/gate", f"{layer}/up"), weight.chunk(2), strict=True))
+        elif layer.endswith("linear_qkv"):
+            by_head = weight.view(heads, 3, -1, columns)
+            parts = {f"{layer}/{part}": by_head[:, i].reshape(-1, columns) for i, part in enumerate("qkv")}
+        for part, matrix in parts.items():
+            for place, value in enumerate(torch.linalg.svdvals(matrix.double()).tolist()):
+                yield SingularValue(state["iteration"], part, place, value)
 
 
 def append_rows(path: Path, columns: Sequence[str], trial: Trial, lines: Sequence[Any]) -> None:

@@ -262,7 +262,7 @@ def main() -> None:
     """Draw what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: those shown")
-    shown = sorted(path.parent.name for path in TABLES.glob("*/trials.csv"))
+    shown = sorted(path.name for path in TABLES.iterdir())
     for name in parser.parse_args().sweeps or shown:
         if name in DRAWN:
             (tables(name) / "figure.png").write_bytes(png(DRAWN[name]()))

@@ -1,24 +1,25 @@
 """The tables of docs/evidence.md that put several sweeps together, or fit something else than an optimum."""
 
-import csv
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-from evidence import known, sweep_file, tables
-from matplotlib.axes import Axes
+from evidence import known, sweep_file
+from evidence_spectra import spectrum, spectrum_figure
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from numpy.typing import NDArray
 
 from megatron_patch.fit.curves import Curve, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import Trace, draw_losses, heat_maps
-from megatron_patch.report.drawing import INK, LIGHT, Picture, grid_figure
+from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure
 from megatron_patch.runs.trial import Trial
-from megatron_patch.theory.equilibrium import top_singular_value_scale
+from megatron_patch.theory.equilibrium import equilibrium_rho
+from megatron_patch.theory.schedules import (
+    decay_away_factors,
+    equilibrium_factors,
+    exp_increasing,
+    linear_warmup_linear_decay,
+)
 
 MAP = ("length_500", "length_1000", "transfer", "batch_512", "swept_1000")
 """Sweeps of the same rules over the same widths, at other lengths, batches and protocols."""
@@ -32,8 +33,8 @@ WARMUPS = {
 }
 """What was trained at width 128: its sweep and rule."""
 WIDE = 128
-COLLAPSED = ("linear_qkv/q", "linear_qkv/k")
-"""Matrices that some runs of the spectrum let decay to nothing, with the attention."""
+TIMES, PEAK, DECAY, STEPS = 16, 0.004, 0.1, 20_000
+"""Width multiplier, peak LR, weight decay and steps of arXiv 2510.19093, fig. 7."""
 
 
 def signed(text: str) -> str:
@@ -109,96 +110,43 @@ def warmup_figure() -> Figure:
     )
 
 
-def spectrum_rows() -> list[dict[str, str]]:
-    """Return what the last measured iteration of every run of the sweep says of its matrices."""
-    with (tables("spectrum") / "layers.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
-    last = max(int(row["iteration"]) for row in rows if row["top_singular_value"])
-    return [row for row in rows if int(row["iteration"]) == last]
+def schedule() -> list[float]:
+    """Return the LR of every step in the setting of arXiv 2510.19093, fig. 7: 10% linear warmup, linear decay to 0."""
+    return [linear_warmup_linear_decay(t, PEAK, STEPS // 10, STEPS) for t in range(STEPS)]
 
 
-def exponents(rows: Sequence[dict[str, str]], column: str) -> NDArray[np.float64]:
-    """Return exponents of LR, weight decay and width [3] of a quantity, and their standard errors [3], stacked.
-
-    Least squares of its log; every matrix has a factor of its own.
-    """
-    layers = sorted({row["layer"] for row in rows})
-    logs = [[math.log(float(row[key])) for key in ("lr", "weight_decay", "hidden_size")] for row in rows]
-    own = [[float(row["layer"] == layer) for layer in layers] for row in rows]
-    x, y = np.hstack([np.array(logs), np.array(own)]), np.log([float(row[column]) for row in rows])
-    solution, *_ = np.linalg.lstsq(x, y)
-    residual = y - x @ solution
-    covariance = np.linalg.inv(x.T @ x) * float(residual @ residual) / (len(y) - x.shape[1])
-    return np.stack([solution[:3], np.sqrt(np.diag(covariance)[:3])])
+def schedule_factors() -> dict[str, list[float]]:
+    """Return what multiplies that LR, or the relative update, at every step."""
+    lrs = schedule()
+    course = [(lr, DECAY) for lr in lrs]
+    at_rest = equilibrium_rho(PEAK, DECAY)
+    return {
+        "exp, T_W = 50%": [exp_increasing(t, STEPS // 2, TIMES) for t in range(STEPS)],
+        "decay-away": list(decay_away_factors(lrs, DECAY, TIMES)),
+        "independent, from equilibrium": list(equilibrium_factors(course, TIMES, at_rest)),
+        "independent, from fan-in 2,048": list(equilibrium_factors(course, TIMES, 2048**-0.5)),
+    }
 
 
-def spectrum() -> list[str]:
-    """Return the fitted exponents of every kind of matrix beside those of arXiv 2510.15262, as lines of Markdown."""
-    rows = spectrum_rows()
-    columns = ("top_singular_value", "weight_norm")
-    lines = [
-        "| matrix | top singular value: LR | weight decay | width | Frobenius norm: LR | weight decay | width |",
-        "|---|---|---|---|---|---|---|",
-        "| expected | 1/2 | −1/2 | 3/4 | 1/2 | −1/2 | 1 |",
-    ]
-    for kind in sorted({kind_of(row) for row in rows}):
-        own = [row for row in rows if kind_of(row) == kind]
-        found = [exponents(own, column) for column in columns]
-        cells = [f"{value:+.2f} ± {error:.2f}" for each in found for value, error in zip(*each, strict=True)]
-        lines.append(f"| {kind} | {' | '.join(cells).replace('-', '−')} |")
+def schedules() -> list[str]:
+    """Return the factors of some steps, as lines of Markdown."""
+    at = (0, STEPS // 10, STEPS // 4, STEPS // 2, 3 * STEPS // 4)
+    lines = ["| step | " + " | ".join(f"{t:,}" for t in at) + " |", "|" + "---|" * (len(at) + 1)]
+    for name, factors in schedule_factors().items():
+        lines.append(f"| {name} | {' | '.join(f'{factors[t]:.4f}' for t in at)} |")
     return lines
 
 
-def kind_of(row: dict[str, str]) -> str:
-    """Return what a matrix is called in every layer: `linear_qkv/v`."""
-    return row["layer"].rpartition(".")[2]
-
-
-def spectrum_figure() -> Figure:
-    """Return top singular values over `sqrt(eta / lambda) d^0.75`, and gains of sublayers over the width."""
-    rows = spectrum_rows()
-    widths = sorted({int(row["hidden_size"]) for row in rows})
-
-    def singular(axes: Axes) -> None:
-        for place, width in enumerate(widths):
-            own = [row for row in rows if int(row["hidden_size"]) == width and kind_of(row) not in COLLAPSED]
-            x = [top_singular_value_scale(float(r["lr"]), float(r["weight_decay"]), width) for r in own]
-            y = [float(row["top_singular_value"]) for row in own]
-            axes.plot(x, y, "o", markersize=3, color=LIGHT[place], label=f"width {width}")
-        ends = np.array(axes.get_xlim())
-        axes.plot(ends, statistics.median(np.array(y) / np.array(x)) * ends, ":", color=INK)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_locator(NullLocator())
-        axes.set_xlabel("sqrt(LR / weight decay) * width^0.75")
-        axes.legend(frameon=False)
-
-    with (tables("spectrum") / "sublayers.csv").open(newline="") as file:
-        gains = list(csv.DictReader(file))
-    last = max(int(row["iteration"]) for row in gains)
-
-    def gain(axes: Axes) -> None:
-        for place, layer in enumerate(sorted({row["layer"] for row in gains})):
-            own = [row for row in gains if row["layer"] == layer and int(row["iteration"]) == last]
-            medians = [
-                statistics.median(float(row["gain"]) for row in own if int(row["hidden_size"]) == width)
-                for width in widths
-            ]
-            axes.plot(widths, medians, "o-", color=LIGHT[place], label=layer.removeprefix("decoder."))
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(widths, [str(width) for width in widths])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("width")
-        axes.legend(frameon=False, fontsize=8)
-
+def schedules_figure() -> Figure:
+    """Return the same as a figure."""
+    at, factors, lrs = range(0, STEPS, 50), schedule_factors(), schedule()
+    only = tuple(Line(name, at, [values[t] for t in at]) for name, values in factors.items())
+    with_lr = tuple(Line(name, at, [lrs[t] * values[t] for t in at]) for name, values in factors.items())
     return grid_figure(
-        "steady state at a constant LR, no rule",
+        f"m = {TIMES}, peak LR {PEAK}, weight decay {DECAY}, {STEPS:,} steps",
         [
-            Picture("top singular values, without q and k", "", singular),
-            Picture("sublayer gain, median over the runs", "", gain),
+            Picture("factor", "", partial(draw_lines, lines=only, log=True)),
+            Picture("LR * factor", "", partial(draw_lines, lines=with_lr)),
         ],
     )
 
@@ -219,13 +167,17 @@ FINDINGS: dict[str, Callable[[], list[str]]] = {
     "warmups": warmups,
     "spectrum": spectrum,
     "ridge": ridge,
+    "schedules": schedules,
 }
 """Tables of the page, by name."""
 DRAWN: dict[str, Callable[[], Figure]] = {
     "warmup_exp": warmup_figure,
     "spectrum": spectrum_figure,
     "ridge": ridge_figure,
+    "schedules": schedules_figure,
 }
 """Figures of sweeps that are not about an optimum, by the folder they are put in."""
-SHOWN_WITH = {name: "warmups" for name, _ in WARMUPS.values() if name.startswith("warmup")}
+SHOWN_WITH = {name: "warmups" for name, _ in WARMUPS.values() if name.startswith("warmup")} | {
+    "singular_values": "spectrum"
+}
 """In which table of the page a sweep stands that has none of its own."""

@@ -12,8 +12,9 @@ usage: tools/gpu_kit.sh FOLDER [--without-te]
 FOLDER gets kit.tar.000, kit.tar.001, ... , SHA256SUMS and unpack.sh; it must not be there yet. The machine is x86-64 with
 CUDA 13, Python 3.12 and torch 2.11 (TORCH=..., TE=... for other versions), and reaches nothing. Copy all files there, and
 run unpack.sh. In the kit are the wheels of this package, megatron-core, deepspeed and what they need beyond torch; and of
-Transformer Engine the core wheel, and the source of its torch part, which unpack.sh compiles. Needs pip and the registry,
-and takes minutes. --pack only packs a kit that was collected before.
+Transformer Engine the core wheel, and the source of its torch part, which unpack.sh compiles. Needs the registry and
+Python 3.12 (PYTHON=..., default .venv/bin/python, which `make setup` makes), with torch and setuptools unless
+--without-te; takes minutes. --pack only packs a kit that was collected before.
 EOF
 }
 
@@ -38,9 +39,12 @@ te_needs=(setuptools wheel ninja cmake pybind11 packaging onnxscript onnx nvdlfw
 
 collect() { # into the folder $1
     local kit=$1 work=$1.work python
-    python=${PYTHON:-$(.ci/find_python)}
-    [[ $("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")') == 3.12 ]] ||
-        mistake "PYTHON $python: expected Python 3.12, as on the GPU machine; set PYTHON=/path/to/python3.12"
+    python=${PYTHON:-.venv/bin/python}
+    [[ $("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2> /dev/null) == 3.12 ]] ||
+        mistake "PYTHON $python: expected Python 3.12, as on the GPU machine; run make setup, or set PYTHON=/path/to/python3.12"
+    # pip asks the source of Transformer Engine's torch part for its name, and that imports both.
+    [[ -z $with_te ]] || "$python" -c 'import setuptools, torch' 2> /dev/null ||
+        mistake "PYTHON $python: expected torch and setuptools beside it; run make setup, or give --without-te"
     local pip=("$python" -m pip --disable-pip-version-check --quiet)
     mkdir -p "$kit/wheels" "$kit/source" "$work"
     "${pip[@]}" wheel --no-deps --wheel-dir "$kit/wheels" .

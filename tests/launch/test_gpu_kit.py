@@ -129,6 +129,21 @@ def test_mistakes_are_one_line(words: list[object], said: str) -> None:
     assert not (ROOT / "new-folder").exists() and not (ROOT / "tools" / "new-folder").exists()
 
 
+@pytest.mark.parametrize(
+    ("python", "said"), [("bare", "expected torch and setuptools beside it"), ("missing", "expected Python 3.12")]
+)
+def test_a_python_that_cannot_collect_is_told_at_once(tmp_path: Path, python: str, said: str) -> None:
+    """Its source distribution could not be asked for, after minutes of downloads."""
+    interpreter = tmp_path / "missing"
+    if python == "bare":
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+        interpreter = tmp_path / "bare" / "bin" / "python"
+    done = bash(KIT, tmp_path / "out", PYTHON=str(interpreter))
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", [KIT, UNPACK])
 def test_help(script: Path) -> None:
     done = bash(script, "--help")
