@@ -480,13 +480,13 @@ CHANGED_IN_NEXT = {
     "megatron.training.checkpointing:_load_base_checkpoint": "9a3c6812a389",  # an exit code; FSDP
     "megatron.training.checkpointing:load_args_from_checkpoint": "9ac172174435",  # one more argument
     "megatron.training.models.dist_utils:_ddp_wrap": "7a11238698df",  # layer-wise optimizer's layout
-    "megatron.training.training:evaluate": "78c21eb32f62",  # tracing
+    "megatron.training.training:evaluate": "78c21eb32f62",  # tracing, losses averaged over rematerialising ranks too
     "megatron.training.training:get_megatron_optimizer": "a4db1e83c8df",  # FSDP v2, which drops empty groups
     # --override-opt-param-scheduler gives every group --lr: see PlannedRun.audit, tests/upstream/test_next.py
     "megatron.training.training:load_checkpoint": "06adc6c285a8",
-    "megatron.training.training:save_checkpoint": "25f96ec2840f",  # tracing
-    "megatron.training.training:setup_model_and_optimizer": "4cba487de2df",  # frozen layers, tracing
-    "megatron.training.training:train": "dee079c89cce",  # tracing
+    "megatron.training.training:save_checkpoint": "25f96ec2840f",  # tracing, frozen layers write no weights
+    "megatron.training.training:setup_model_and_optimizer": "4cba487de2df",  # frozen layers, tracing, layout of the layer-wise optimizer
+    "megatron.training.training:train": "dee079c89cce",  # tracing, FSDP v2
     "megatron.training.training:training_log": "03adda0fdaca",  # tracing
     "megatron.core.models.hybrid.hybrid_block:TENorm": "911a0b5c3559",  # another kind of gated delta net
     "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__": "a913e4ff1e57",  # marked as without a residual
