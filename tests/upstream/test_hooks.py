@@ -485,7 +485,7 @@ CHANGED_IN_NEXT = {
     # --override-opt-param-scheduler gives every group --lr: see PlannedRun.audit, tests/upstream/test_next.py
     "megatron.training.training:load_checkpoint": "06adc6c285a8",
     "megatron.training.training:save_checkpoint": "25f96ec2840f",  # tracing, frozen layers write no weights
-    "megatron.training.training:setup_model_and_optimizer": "4cba487de2df",  # frozen layers, tracing, layout of the layer-wise optimizer
+    "megatron.training.training:setup_model_and_optimizer": "4cba487de2df",  # frozen layers, layer-wise optimizer
     "megatron.training.training:train": "dee079c89cce",  # tracing, FSDP v2
     "megatron.training.training:training_log": "03adda0fdaca",  # tracing
     "megatron.core.models.hybrid.hybrid_block:TENorm": "911a0b5c3559",  # another kind of gated delta net
