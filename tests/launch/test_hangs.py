@@ -27,15 +27,17 @@ import sys, time
 from megatron_patch.hosts.heartbeat import *
 heart = Heart()
 def loop():
+    print("there", flush=True)
     while True:
         pass
 def in_c():
+    print("there", flush=True)
     sum(iter(int, 1))
 def idle():
+    print("there", flush=True)
     time.sleep(10**6)
 for step in range(int(sys.argv[2])):
     heart.beat(STEP, step + 1)
-print("there", flush=True)
 globals()[sys.argv[1]]()
 """
 
@@ -139,7 +141,7 @@ class TestWhatAnAgentSees:
     def test_children_are_no_ranks(self, job: str, rank: Callable[..., subprocess.Popen[bytes]]) -> None:
         """They have the rank's number in their environment, and forked ones its files too."""
         forks = RANK.replace("import sys, time\n", "import sys, time, os\n").replace(
-            'print("there"', 'os.fork() or time.sleep(10**6)\nprint("there"'
+            "globals()[", "os.fork() or time.sleep(10**6)\nglobals()["
         )
         process = rank(3, "idle", code=forks)
         wait_for(lambda: len(processes(job)) == 2, "the child")
@@ -283,7 +285,7 @@ for step in range(80):
     heart.beat(STEP, 5 + step)
     time.sleep(0.1)
 """
-    rank(0, "idle", code=RANK.replace('print("there", flush=True)\n', slowly))
+    rank(0, "idle", code=RANK.replace("globals()[", f"{slowly}globals()["))
     event = hung(hosts, job, Allowed(2))
     assert event.particulars["text"].startswith("the ranks hang (")
     assert f"1 of 1 {STEP}, iteration 84 at idle (" in event.particulars["text"]
