@@ -29,12 +29,15 @@ def whole_and_resumed(
     return whole, resumed
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, ()), (2, TP2)], ids=["dp2", "tp2"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [(0, ()), (1, TP2), (2, ()), (3, ()), (3, TP2)],
+    ids=["0-dp2", "1-tp2", "2-dp2", "3-dp2", "3-tp2"],
+)
 def test_resumed_is_uninterrupted_to_the_last_bit(
-    pool: Pool, tmp_path: Path, stage: int, ranks: int, flags: tuple[str, ...]
+    pool: Pool, tmp_path: Path, stage: int, flags: tuple[str, ...]
 ) -> None:
-    whole, resumed = whole_and_resumed(pool, tmp_path, stage, ranks, *flags)
+    whole, resumed = whole_and_resumed(pool, tmp_path, stage, 2, *flags)
     for a, b in zip(whole, resumed, strict=True):
         assert b.losses == a.losses[HALF:]
         assert b.grad_norms == a.grad_norms[HALF:]
@@ -135,7 +138,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(pool: Pool, tmp_path: Path
     assert "drop --deepspeed, or give another" in refused(pool, 2, [*RUN, *WARMUP, *engine, *load])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_resumed_run_clips_as_it_says_itself(pool: Pool, tmp_path: Path, stage: int) -> None:
     """As Megatron's optimizer does; DeepSpeed would go on with the largest norm of the run that saved."""
     other = ["--clip-grad", "0.05"]
@@ -179,8 +182,9 @@ def test_old_checkpoints_are_deleted_whole_and_a_chosen_one_is_loaded(pool: Pool
     assert resumed.extra[0] == whole.extra[0][4:]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-@pytest.mark.parametrize("how", ["--finetune", "--no-load-optim"])
+@pytest.mark.parametrize(
+    ("how", "stage"), [("--finetune", 0), ("--finetune", 3), ("--no-load-optim", 1), ("--no-load-optim", 3)]
+)
 def test_weights_alone_can_be_loaded(pool: Pool, tmp_path: Path, stage: int, how: str) -> None:
     """Into a run with another rule and another LR, whose optimizer starts anew."""
     engine = ds_json(tmp_path, stage)
