@@ -81,9 +81,10 @@ def test_every_row_is_among_them() -> None:
 @pytest.mark.parametrize(
     ("words", "settings", "flag"),
     [
-        ("", {"cuda_graph_impl": "local", "use_torch_fsdp2": True}, ""),
+        ("", {"cuda_graph_impl": "local", "gtp_weight_remat_size": 2}, ""),
         ("--metrics-dir x", {"cuda_graph_impl": "local"}, ""),
-        ("--metrics-dir x", {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ("--metrics-dir x", {"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
+        ("--metrics-dir x", {"use_torch_fsdp2": True}, ""),
         ("--alignment-interval 1 --metrics-dir x", {"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ("--spectral-interval 1 --metrics-dir x", {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ("--cpu", {"cuda_graph_impl": "local"}, ""),

@@ -552,8 +552,6 @@ def refusals(runs: list[str]) -> list[tuple[str, str]]:
 REFUSED = {
     "--optimizer sgd": "--optimizer",
     "--optimizer adaptive_muon": "--optimizer",
-    "--use-megatron-fsdp --ckpt-format fsdp_dtensor": "--use-megatron-fsdp",
-    "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights": "--use-torch-fsdp2",
     "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer": "--optimizer-cpu-offload",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--num-experts 4 --expert-tensor-parallel-num-weight-shards 2": "--expert-tensor-parallel-num-weight-shards",
