@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.upstream.width.parameters import held_here
+from tests.support.building import COMMON as ONE_LAYER
 from tests.support.building import Builder, groups_of
-from tests.support.fsdp import MEGATRON, SECOND, SHARDED, TORCH, ByHand, Sharded, build_sharded, on_cpus
-from tests.support.observed import ObservedWithPatch
+from tests.support.explaining import explained
+from tests.support.fsdp import MEGATRON, SECOND, SHARDED, TORCH, ByHand, Sharded, ShardedAlone, build_sharded, on_cpus
+from tests.support.observed import ObservedWithPatch, bits
 from tests.support.param_groups import CASES, TWO_RANKS, argv, assert_same, build_all, expected_of, stacked
 from tests.support.pool import Pool, RankFailure
-from tests.support.training import TINY, Run, train
+from tests.support.training import TINY, Outcome, Run, train
 
-NEXT = [pytest.param(SECOND, marks=pytest.mark.skipif("MEGATRON_NEXT" not in os.environ, reason="from 0.20 on"))]
+FROM_0_20 = pytest.mark.skipif("MEGATRON_NEXT" not in os.environ, reason="Megatron-FSDP v2 is there from 0.20 on")
+NEXT = [pytest.param(SECOND, id="v2", marks=FROM_0_20)]
 
 # --- param groups ----------------------------------------------------------------------------------------------------
 
@@ -52,6 +55,22 @@ def test_every_parameter_gets_what_it_gets_unsharded(model: str, layout: str, ra
     assert_same(union, expected_of(stacked(model, 2), model, CASES["custom"]), layout)
     ((_, file),) = results[0]
     assert file["parameters"] == whole["parameters"]
+
+
+def test_explain_says_what_the_live_groups_hold(pool: Pool) -> None:
+    """At its own command line, with the layout of many ranks."""
+    layouts = [(model, f"{layout} --world-size {ranks}") for model, layout, ranks in LAYOUTS]
+    commands = [
+        ["--json", *ONE_LAYER, *argv(model, CASES["custom"], f"--num-layers 2 --global-batch-size 4 {layout}")]
+        for model, layout in layouts
+    ]
+    for (model, layout), ended in zip(layouts, explained(pool, commands), strict=True):
+        found = {entry["name"]: entry for entry in ended.json["parameters"]}
+        wanted = expected_of(stacked(model, 2), model, CASES["custom"])
+        assert sorted(found) == sorted(wanted), layout
+        for name, values in wanted.items():
+            for key, value in (("lr", "max_lr"), ("weight_decay", "weight_decay"), ("eps", "eps")):
+                assert found[name][key] == pytest.approx(values[value], rel=1e-12, abs=0), f"{layout}: {key} of {name}"
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -225,3 +244,103 @@ def test_a_rank_need_not_have_what_it_has_no_part_of(pool: Pool) -> None:
     argv = [*COMMON, *RULE, *SHARDED.split(), "--audit-interval", "1"]
     sizes = pool.run(train, ranks=2, argv=argv, steps=3, hooks=Emptied())
     assert sizes[0].extra != sizes[1].extra
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+HALF = 3
+# Megatron-FSDP's checkpoints of gated MLPs want the wrapper that --bf16 brings.
+SAVED = [*COMMON, "--bf16", "--train-iters", str(2 * HALF), *SHARDED.split()]
+
+
+def saving(folder: Path) -> list[str]:
+    return ["--save", str(folder), "--save-interval", str(HALF)]
+
+
+def loading(folder: Path) -> list[str]:
+    return ["--load", str(folder), "--ckpt-step", str(HALF)]
+
+
+@pytest.mark.parametrize("warmup", ["exp", "decay-away"])
+def test_resumed_is_the_same_to_the_last_bit(warmup: str, pool: Pool, tmp_path: Path) -> None:
+    flags = [*SAVED, *RULE, *WARMUPS[warmup]]
+    through = pool.run(train, ranks=2, argv=[*flags, *saving(tmp_path)], steps=2 * HALF, hooks=Sharded())
+    resumed = pool.run(train, ranks=2, argv=[*flags, *loading(tmp_path)], steps=2 * HALF, hooks=Sharded())
+    for before, after in zip(through, resumed, strict=True):
+        assert bits(after.losses) == bits(before.losses[HALF:])
+        assert after.checksums == before.checksums
+        assert after.extra.rates == before.extra.rates[HALF:]
+        assert after.extra.adam_steps == {HALF}
+        assert len({tuple(rates) for rates in before.extra.rates}) == 2 * HALF + 1  # in the middle of the warmup
+
+
+@pytest.fixture(scope="module")
+def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A checkpoint of two ranks with a rule, and what the run did."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, pool.run(train, ranks=2, argv=[*SAVED, *RULE, *saving(folder)], steps=HALF, hooks=Sharded())[0]
+
+
+CHANGES = {
+    "--lr: 0.01 -> 0.02": [*RULE, "--lr", "0.02"],
+    "--width-scaling: sqrt -> independent": [*RULE, "--width-scaling", "independent"],
+    "--extra-warmup: none -> decay-away": [*RULE, "--extra-warmup", "decay-away"],
+}
+
+
+@pytest.mark.parametrize("difference", CHANGES)
+def test_other_hyperparameters_are_refused(difference: str, pool: Pool, saved: tuple[Path, Outcome]) -> None:
+    argv = [*SAVED, *CHANGES[difference], *loading(saved[0])]
+    with pytest.raises(RankFailure) as caught:
+        pool.run(train, ranks=2, argv=argv, steps=2 * HALF, hooks=Sharded())
+    assert (
+        f"ConfigError: --load {saved[0]}: expected the hyperparameters of the checkpoint (checkpoint -> this run: "
+        f"{difference}); give the checkpoint's values, or add --override-width-scaling"
+    ) in caught.value.errors[0]
+
+
+def test_override_goes_on_with_the_new_numbers(pool: Pool, saved: tuple[Path, Outcome]) -> None:
+    """Weights and moments are the checkpoint's, LR and weight decay this run's; then back to Megatron's own groups."""
+    folder, before = saved
+    (same, _), (after, _), (plain, _) = (
+        pool.run(train, ranks=2, argv=[*SAVED, *flags, *loading(folder)], steps=HALF + 1, hooks=Sharded())
+        for flags in (
+            RULE,
+            [*RULE, "--width-scaling", "independent", "--lr", "0.02", "--override-width-scaling"],
+            ["--override-width-scaling"],
+        )
+    )
+    for one in (same, after, plain):
+        assert one.extra.start == {name: checksum.digest for name, checksum in before.checksums.items()}
+        assert one.extra.moments == same.extra.moments > 0
+        assert one.extra.adam_steps == {HALF}
+        assert one.losses == same.losses
+    wanted = {(0.02, 1.0), (0.02, 0.0), (0.02 / 4, 4.0), (0.02 / 8, 8.0)}
+    assert {tuple(round(value, 12) for value in group) for group in after.extra.peaks} == wanted
+    assert set(plain.extra.peaks) == {(0.01, 1.0), (0.01, 0.0)}
+    assert after.checksums != same.checksums != plain.checksums
+
+
+def test_a_warmup_may_start_at_a_checkpoint_that_has_none(pool: Pool, saved: tuple[Path, Outcome]) -> None:
+    flags = [*SAVED, *RULE, "--extra-warmup", "exp", "--extra-warmup-iters", "2", "--override-width-scaling"]
+    warmed = pool.run(train, ranks=2, argv=[*flags, *loading(saved[0])], steps=2 * HALF, hooks=Sharded())[0]
+    plain = pool.run(train, ranks=2, argv=[*SAVED, *RULE, *loading(saved[0])], steps=2 * HALF, hooks=Sharded())[0]
+    for step, (with_factor, without) in enumerate(zip(warmed.extra.rates, plain.extra.rates, strict=True)):
+        for (lr, decay), (plain_lr, plain_decay) in zip(with_factor, without, strict=True):
+            assert float.fromhex(lr) == pytest.approx(float.fromhex(plain_lr) * 4 ** min(0.0, step / 2 - 1), rel=1e-12)
+            assert decay == plain_decay
+
+
+@pytest.mark.parametrize(
+    ("form", "error"), {"torch_dist": "does not match any model", "torch_dcp": "is_loading"}.items()
+)
+def test_megatrons_own_fsdp2_checkpoints_have_no_optimizer(form: str, error: str, pool: Pool, tmp_path: Path) -> None:
+    """Without the patch as well: nothing can be resumed. Fails when Megatron can; then resume is to be tested here."""
+    argv = [*COMMON, "--train-iters", "4", *TORCH.split(), "--ckpt-format", form, "--save-interval", "2"]
+    with pytest.raises(RankFailure, match=error):
+        save_and_resume(pool, [*argv, "--save", str(tmp_path), "--load", str(tmp_path)])
+
+
+def save_and_resume(pool: Pool, argv: list[str]) -> None:
+    for last in (2, 4):
+        pool.run(train, ranks=2, argv=argv, steps=last, hooks=ShardedAlone())
