@@ -11,7 +11,7 @@ from tests.support.observed import Observed
 from tests.support.param_groups import build_all
 from tests.support.training import Patched
 
-TORCH = "--use-torch-fsdp2"
+TORCH = "--use-torch-fsdp2 --no-gradient-accumulation-fusion"
 # gloo has no reduction that scales, which is what the last flag leaves out.
 MEGATRON = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --no-gradient-reduce-div-fusion"
 SHARDED = f"{MEGATRON} --data-parallel-sharding-strategy optim_grads_params"

@@ -200,6 +200,8 @@ def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
             scoped = scheduler.warmup.scope == "all" or "width_dependent" in dict(plan.override_keys[name])
             lr = base_lr * (scheduler.factor() if scoped else 1.0)
             decay = base_decay * planned.factors.weight_decay
+            if isinstance(group["lr"], torch.Tensor):  # for a CUDA graph it is in the device's memory, in fp32
+                lr = float(torch.tensor(lr, dtype=group["lr"].dtype))
             live_lr, live_decay = float(group["lr"]), float(group["weight_decay"])
             _compare(
                 name,
@@ -207,6 +209,22 @@ def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
                 {"lr": live_lr, "weight_decay": live_decay, "lr*weight_decay": live_lr * live_decay},
                 {"lr": lr, "weight_decay": decay, "lr*weight_decay": lr * decay},
             )
+
+
+def audit_graph(optimizer: Any) -> None:
+    """Make sure that a captured optimizer step would follow the schedule.
+
+    Raises:
+        ConfigError: an LR that is a number would be kept as it was when the step was captured.
+    """
+    if not all(isinstance(group["lr"], torch.Tensor) for group, parameters in live_groups(optimizer) if parameters):
+        raise ConfigError(
+            "--optimizer-cuda-graph",
+            "given",
+            "an optimizer with its LRs in tensors, as Transformer Engine's FusedAdam: this one's would stay as they "
+            "are when the step is captured",
+            "drop the flag, or install Transformer Engine",
+        )
 
 
 def _compare(name: str, rule: str, live: Mapping[str, float], expected: Mapping[str, float]) -> None:

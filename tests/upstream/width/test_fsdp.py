@@ -59,7 +59,7 @@ def test_every_parameter_gets_what_it_gets_unsharded(model: str, layout: str, ra
 
 def test_explain_says_what_the_live_groups_hold(pool: Pool) -> None:
     """At its own command line, with the layout of many ranks."""
-    layouts = [(model, f"{layout} --world-size {ranks}") for model, layout, ranks in LAYOUTS]
+    layouts = [(model, f"{layout} --world-size {ranks} --all-ranks") for model, layout, ranks in LAYOUTS]
     commands = [
         ["--json", *ONE_LAYER, *argv(model, CASES["custom"], f"--num-layers 2 --global-batch-size 4 {layout}")]
         for model, layout in layouts
@@ -96,9 +96,11 @@ BACK_ENDS = [TORCH, SHARDED, f"{MEGATRON} --data-parallel-sharding-strategy opti
 @pytest.mark.parametrize("back_end", [*BACK_ENDS, *NEXT])
 def test_two_ranks_train_as_megatron_alone_does_with_the_same_groups(back_end: str, pool: Pool) -> None:
     """The rule's LRs and weight decays, given to an unpatched Megatron on one rank parameter by parameter."""
-    (alone,) = pool.run(train, argv=COMMON, steps=5, hooks=ByHand(MATRICES))
-    results = pool.run(train, ranks=2, argv=[*COMMON, *RULE, *back_end.split()], steps=5, hooks=Sharded())
-    (plain,) = pool.run(train, argv=COMMON, steps=5)
+    # Main's v2 takes the norm of two ranks' gradients for 2**0.5 times what it is, with or without the patch.
+    flags = [*COMMON, *(["--clip-grad", "0"] if back_end == SECOND else [])]
+    (alone,) = pool.run(train, argv=flags, steps=5, hooks=ByHand(MATRICES))
+    results = pool.run(train, ranks=2, argv=[*flags, *RULE, *back_end.split()], steps=5, hooks=Sharded())
+    (plain,) = pool.run(train, argv=flags, steps=5)
     for one in results:
         assert one.losses == pytest.approx(alone.losses, rel=1e-6)
         assert one.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
@@ -122,11 +124,13 @@ WARMUPS = {
 @pytest.mark.parametrize("back_end", [TORCH, SHARDED, *NEXT])
 @pytest.mark.parametrize("warmup", WARMUPS)
 def test_warmups_are_those_of_one_rank(back_end: str, warmup: str, pool: Pool) -> None:
-    flags = [*COMMON, *RULE, *WARMUPS[warmup]]
+    flags = [*COMMON, *RULE, *WARMUPS[warmup], *(["--clip-grad", "0"] if back_end == SECOND else [])]
     (one,) = pool.run(train, argv=flags, steps=4, hooks=ObservedWithPatch())
-    for two in pool.run(train, ranks=2, argv=[*flags, *back_end.split()], steps=4, hooks=Sharded()):
-        assert two.losses == pytest.approx(one.losses, rel=1e-6)
-        assert [set(rates) for rates in two.extra.rates] == [set(rates) for rates in one.extra.rates]
+    ranks = pool.run(train, ranks=2, argv=[*flags, *back_end.split()], steps=4, hooks=Sharded())
+    # Megatron-FSDP v2 drops a group of which a rank has no part.
+    both = [set(first) | set(second) for first, second in zip(*(two.extra.rates for two in ranks), strict=True)]
+    assert both == [set(rates) for rates in one.extra.rates]
+    assert ranks[0].losses == ranks[1].losses == pytest.approx(one.losses, rel=1e-6)
 
 
 @pytest.mark.parametrize(
