@@ -347,7 +347,8 @@ def restore_peaks(optimizer: Any, scheduler: Any, args: Any) -> None:
 def _leave_groups_out(state_dict: dict[str, Any], is_loading: bool) -> None:
     if is_loading:
         inner = state_dict.get("optimizer", state_dict)
-        if isinstance(inner, dict):  # else one object of the whole, read as it was saved
-            inner.pop("param_groups", None)
+        if not isinstance(inner, dict):  # one object of the whole, read as it was saved
+            return
+        inner.pop("param_groups", None)
         if META in inner:  # Transformer Engine's Adam counts its steps in its groups
             inner[META] = {name: {k: meta[k] for k in ("step",) if k in meta} for name, meta in inner[META].items()}

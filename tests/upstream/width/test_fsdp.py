@@ -32,9 +32,13 @@ LAYOUTS = [
     ("llama", f"{TORCH} --bf16", 2),
     ("llama", f"{TORCH} {TENSOR}", 4),
     ("moe", TORCH, 2),
+    ("hybrid", TORCH, 2),
     ("llama", SHARDED, 2),
     ("llama", f"{SHARDED} --bf16", 2),
     ("llama", f"{SHARDED} {TENSOR}", 4),
+    ("llama", f"{SHARDED} --num-distributed-optimizer-instances 2", 4),
+    ("hybrid", SHARDED, 2),
+    ("tied", SHARDED, 2),
     ("tied", f"{MEGATRON} --data-parallel-sharding-strategy optim", 2),
     ("moe", f"{SHARDED} {EXPERTS}", 4),
     ("moe", f"{SHARDED} {TENSOR} {EXPERTS} --expert-tensor-parallel-size 1", 4),
@@ -89,8 +93,10 @@ MATRICES = {
     }.items()
     for name in names
 }
+CLASSES = ["embedding", "matrix_m4", "matrix_m8", "output", "vector"]
 COMMON = [*TINY, *STYLE, "--weight-decay", "2"]
-BACK_ENDS = [TORCH, SHARDED, f"{MEGATRON} --data-parallel-sharding-strategy optim"]
+OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
+BACK_ENDS = [TORCH, SHARDED, OVERLAPPED, f"{MEGATRON} --data-parallel-sharding-strategy optim"]
 
 
 @pytest.mark.parametrize("back_end", [*BACK_ENDS, *NEXT])
@@ -100,6 +106,9 @@ def test_two_ranks_train_as_megatron_alone_does_with_the_same_groups(back_end: s
     flags = [*COMMON, *(["--clip-grad", "0"] if back_end == SECOND else [])]
     (alone,) = pool.run(train, argv=flags, steps=5, hooks=ByHand(MATRICES))
     results = pool.run(train, ranks=2, argv=[*flags, *RULE, *back_end.split()], steps=5, hooks=Sharded())
+    # Every class, whatever the rank that writes the log has a part of.
+    logged = [line.split("weight decay:")[1] for line in pool.printed[1].splitlines() if "lr / weight decay:" in line]
+    assert [[word.split()[0] for word in line.split("|")[:-1]] for line in logged] == [CLASSES] * 5
     (plain,) = pool.run(train, argv=flags, steps=5)
     for one in results:
         assert one.losses == pytest.approx(alone.losses, rel=1e-6)
