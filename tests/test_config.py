@@ -317,8 +317,6 @@ CASES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "True (AdamW)",
         "do not set it in the script",
     ),
-    (SQRT, {"use_megatron_fsdp": True}, "--use-megatron-fsdp given", "not together", "drop one of the two"),
-    (SQRT, {"use_torch_fsdp2": True}, "--use-torch-fsdp2 given", "not together", "drop one of the two"),
     (SQRT, {"optimizer_cpu_offload": True}, "--optimizer-cpu-offload given", "not together", "drop one of the two"),
     (SQRT, {"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards 2", "1 with", "set it to 1"),
     (SQRT, {"lr": None}, "--lr not given", "a positive base learning rate", "give the proxy's LR"),
@@ -506,7 +504,6 @@ def test_megatrons_own_mup_alone_is_none_of_our_business(megatron: dict[str, Any
     [
         {"optimizer": "sgd"},
         {"lr": None},
-        {"use_megatron_fsdp": True},
         {"decoupled_lr": 0.1},
         {"decoupled_weight_decay": False},
         {"optimizer_cpu_offload": True},

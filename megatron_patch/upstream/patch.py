@@ -199,6 +199,7 @@ class _Run:
         self._audit: Callable[[], None] = lambda: None
         self._planned: PlannedRun | None = None
         self._recorder: Recorder | None = None
+        self._scheduler: Any = None
         self._flush: Callable[[], None] = lambda: None
         self._told: set[str] = set()
 
@@ -216,12 +217,15 @@ class _Run:
 
         from megatron_patch.upstream.width.scheduler import scheduler_class
 
-        return scheduler_class(self._settings, get_args)
+        self._scheduler = scheduler_class(self._settings, get_args)
+        return self._scheduler
 
     def check_checkpoint(self, loaded: Any) -> None:
         from megatron.training import print_rank_0
 
         note = self._planned.check_checkpoint(loaded) if self._planned else None
+        if self._scheduler and loaded[0] and "args" in loaded[0]:
+            self._scheduler.begins = getattr(loaded[0]["args"], "extra_warmup", "none") == "none"
         if note and note not in self._told:  # Megatron reads more than once
             print_rank_0(note)
             self._told.add(note)

@@ -93,6 +93,9 @@ class Recorder:
         self._record: RunRecord | None = None
         table = hyperparameter_table(planned.plan, optimizer)
         self._classes = parameter_classes(planned.plan, optimizer)
+        # Megatron-FSDP v2 drops the groups of which a rank has no part.
+        here = len(live_values(self._classes, optimizer))
+        self._scattered = any(one < len(self._classes) for one in gather(here))
         for line in summary(planned.plan, self._classes):
             print_rank_0(line)
         if directory is None:
@@ -108,12 +111,15 @@ class Recorder:
         from megatron.training.global_vars import get_wandb_writer
 
         args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
-        to_writer = (writer or wandb) and iteration % args.tensorboard_log_interval == 0
+        to_writer = iteration % args.tensorboard_log_interval == 0
         to_console = iteration % args.log_interval == 0
         if not (to_writer or to_console):
             return
         values = live_values(self._classes, self._planned.optimizer)
-        if to_writer:
+        if self._scattered:
+            found = {label: value for rank in gather(values) for label, value in rank.items()}
+            values = {one.label: found[one.label] for one in self._classes}
+        if to_writer and (writer or wandb):
             scalars = {}
             for label, (lr, weight_decay) in values.items():
                 scalars[f"lr/{label}"] = lr

@@ -102,7 +102,7 @@ def _needs_gpu(flag: str, reason: str, harmless: str | None = None) -> Refusal:
 
 
 CPU_FIX = "drop the flag, or drop --cpu and run on a GPU"
-_REBUILT = "it rebuilds the parameters and drops the attributes the rules read"
+_SHARDS = "no FSDP, whose shards are not measured"
 _NO_DDP = "no such flag: it is for Megatron's DDP, which does not train"
 _NO_HOOKS = "a replayed graph calls no hooks"
 
@@ -155,8 +155,15 @@ TABLE: tuple[Refusal, ...] = (
         "True (AdamW): with L2 the product of LR and weight decay has no meaning",
         "do not set it in the script",
     ),
-    _second_path("use_megatron_fsdp", "--use-megatron-fsdp", _REBUILT),
-    _second_path("use_torch_fsdp2", "--use-torch-fsdp2", _REBUILT),
+    Refusal(
+        "weight_decay_incr_style",
+        "--weight-decay-incr-style",
+        (None, "constant"),
+        Feature.ANY,
+        "constant with --optimizer-cuda-graph: a captured step keeps the weight decay that it was captured with",
+        "drop one of the two",
+        applies=lambda settings: bool(settings.get("optimizer_cuda_graph")),
+    ),
     _second_path("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps a second set of param groups"),
     _second_shards("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
     _second_shards("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
@@ -173,6 +180,8 @@ TABLE: tuple[Refusal, ...] = (
             and str(settings["main_params_dtype"]) != "torch.float32"
         ),
     ),
+    _inexact("use_megatron_fsdp", "--use-megatron-fsdp", _OFF, _SHARDS),
+    _inexact("use_torch_fsdp2", "--use-torch-fsdp2", _OFF, _SHARDS),
     _inexact("cuda_graph_impl", "--cuda-graph-impl", (None, "none"), f"none: {_NO_HOOKS}"),
     _inexact("enable_cuda_graph", "--enable-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
     _inexact("external_cuda_graph", "--external-cuda-graph", _OFF, f"no CUDA graphs: {_NO_HOOKS}"),
@@ -224,6 +233,8 @@ TABLE: tuple[Refusal, ...] = (
     _not_with_engine("init_model_with_meta_device", "weights that are there when it is built"),
     _not_with_engine("data_parallel_random_init", "the same weights on all ranks when it is built"),
     # Gradients and the optimizer
+    _not_with_engine("use_megatron_fsdp", "no such flag: ZeRO shards the weights"),
+    _not_with_engine("use_torch_fsdp2", "no such flag: ZeRO shards the weights"),
     _not_with_engine("use_distributed_optimizer", "no such flag: ZeRO shards the optimizer"),
     _not_with_engine("use_layer_wise_distributed_optimizer", "no such flag: ZeRO shards the optimizer"),
     _not_with_engine("use_precision_aware_optimizer", "no such flag: the engine keeps the fp32 weights"),
@@ -319,8 +330,8 @@ TABLE: tuple[Refusal, ...] = (
     _needs_gpu("--optimizer-cuda-graph", "there are no CUDA graphs"),
     _needs_gpu("--use-nccl-ub", "NCCL needs GPUs"),
     _needs_gpu("--nccl-communicator-config-path", "NCCL needs GPUs"),
-    _needs_gpu("--use-megatron-fsdp", "it allocates CUDA buffers"),
-    _needs_gpu("--use-torch-fsdp2", "it needs CUDA streams"),
+    _needs_gpu("--use-megatron-fsdp", "its device mesh is one of GPUs"),
+    _needs_gpu("--use-torch-fsdp2", "its device mesh is one of GPUs"),
     _needs_gpu("--fine-grained-activation-offloading", "it moves tensors between GPU and host"),
     _needs_gpu("--record-memory-history", "it records the CUDA allocator"),
 )

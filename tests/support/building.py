@@ -118,7 +118,7 @@ def _let_mla_build() -> None:
 
 def groups_of(optimizer: Any) -> Iterator[tuple[dict[str, Any], Any, Any]]:
     """Yield every (param group, tensor that is stepped, its model parameter) of this rank."""
-    for child in optimizer.chained_optimizers:
+    for child in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(child, "is_stub_optimizer", False):
             continue
         of_model = {}

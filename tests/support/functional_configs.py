@@ -58,7 +58,7 @@ def _words(arguments: dict[str, Any]) -> Iterator[str]:
         yield flag
         if value is not True:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            several = re.fullmatch(r"\[([a-z][\w. ]*)\]", text)
+            several = re.fullmatch(r"\[([a-z0-9][\w. ]*)\]", text)
             yield from shlex.split(several[1] if several else text)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_patch.upstream.width.parameters import held_here
 from tests.support.training import Hooks, Patched, Run, checksums
 
 
@@ -22,7 +23,7 @@ class Observed(Hooks):
     def built(self, run: Run) -> None:
         states = [
             state
-            for child in run.optimizer.chained_optimizers
+            for child in getattr(run.optimizer, "chained_optimizers", [run.optimizer])
             for state in child.optimizer.state.values()
             if "exp_avg" in state
         ]
@@ -30,7 +31,7 @@ class Observed(Hooks):
             rates=[self.rates(run)],
             peaks=sorted((group["max_lr"], group["wd_mult"]) for group in run.optimizer.param_groups),
             start={name: checksum.digest for name, checksum in checksums(run.model).items()},
-            moments=sum(float(state["exp_avg"].double().abs().sum()) for state in states),
+            moments=sum(float(held_here(state["exp_avg"]).double().abs().sum()) for state in states),
             adam_steps={float(state["step"]) for state in states},
         )
 

@@ -237,6 +237,13 @@ def expected_of(table: Table, model: str, case: Case) -> dict[str, dict[str, flo
     return values
 
 
+def stacked(model: str, layers: int) -> Table:
+    """The table of a model of so many layers. The MoE model has two, a dense one and one of experts."""
+    first = {name: entry for name, entry in MODELS[model].table.items() if ".layers.0." in name}
+    more = {name.replace("s.0.", f"s.{n}."): entry for n in range(1, layers) for name, entry in first.items()}
+    return MODELS[model].table if model == "moe" else MODELS[model].table | more
+
+
 def argv(model: str, case: Case, more: str = "") -> list[str]:
     base = MODELS[model].base if "--width-scaling" in case.flags and "none" not in case.flags else ""
     return f"{MODELS[model].flags} {case.flags} {base} {more}".split()

@@ -251,7 +251,7 @@ def checksums(model: Sequence[Any]) -> dict[str, Checksum]:
             if expert
             else parallel_state.get_tensor_model_parallel_rank()
         )
-        values = parameter.detach().float().contiguous()
+        values = whole(parameter).float().contiguous()
         digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
         mine[name] = {rank if sharded else 0: (float(values.double().square().sum()), digest)}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -271,6 +271,21 @@ def checksums(model: Sequence[Any]) -> dict[str, Checksum]:
     }
 
 
+def whole(parameter: Any) -> Any:
+    """A parameter that FSDP shards, put together over the data-parallel ranks, which must call it together."""
+    import torch
+
+    values = parameter.detach()
+    if not hasattr(values, "to_local"):
+        return values
+    mesh, shape = values.device_mesh, values.shape
+    if hasattr(parameter, "orig_param"):  # Megatron-FSDP's, cut anywhere; tensor parallelism is left as it is
+        mesh, shape = mesh["dp_cp"], parameter.orig_param.shape
+    parts: list[Any] = [None] * mesh.size()
+    torch.distributed.all_gather_object(parts, values.to_local().flatten(), group=mesh.get_group())
+    return torch.cat(parts)[: shape.numel()].view(shape)  # where it is not sharded, the first rank's
+
+
 def global_names(model: Sequence[Any]) -> dict[str, Any]:
     """This rank's parameters by the name they have in a model that is not split.
 
@@ -281,10 +296,13 @@ def global_names(model: Sequence[Any]) -> dict[str, Any]:
     from megatron.core.ssm.mamba_layer import MambaLayer
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
-    from megatron.core.utils import unwrap_model
 
     found = {}
-    for chunk in unwrap_model([getattr(chunk, "module", chunk) for chunk in model]):  # the engine's wrapper is ours
+    for chunk in model:
+        if hasattr(chunk, "synchronize_param_gather"):  # Megatron-FSDP: show the shards that it trains
+            chunk.synchronize_param_gather()
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
         renamed: dict[str, str] = {}  # prefix of a module here -> prefix in the whole model
         for name, module in chunk.named_modules():
             if isinstance(module, (TransformerLayer, MambaLayer)):

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM_DIR is not set
 # Why an argument set is not explained as it is: the flag that the refusal names, and what is behind it. Those of the
 # first are refused with metrics only; each is in the feature table of docs/compatibility.md.
 WITHOUT_METRICS = {
+    "--use-megatron-fsdp": "FSDP",
+    "--use-torch-fsdp2": "FSDP",
     "--mtp-num-layers": "multi-token prediction",
     "--cuda-graph-impl": "CUDA graphs",
     "--enable-cuda-graph": "CUDA graphs",
@@ -41,8 +43,6 @@ WITHOUT_METRICS = {
 REFUSED = {
     "--decoupled-lr": "a second rule for the LR of embeddings and LM head",
     "--optimizer": "an optimizer other than AdamW",
-    "--use-megatron-fsdp": "FSDP",
-    "--use-torch-fsdp2": "FSDP",
     "--optimizer-cpu-offload": "an optimizer on the CPU",
     "--tensor-parallel-num-weight-shards": "weights sharded a second time",
     "Megatron refuses": "refused by Megatron itself, in its words",
@@ -55,8 +55,8 @@ EXAMPLES_END = {
     "mixtral/train_mixtral_8x7b_distributed.sh": "",
     "mamba/train.sh": "",
     "gptoss/02_train.sh": "",
-    "megatron_fsdp/train_llama3_8b_fsdp_h100_fp8.sh": "--use-megatron-fsdp given",
-    "megatron_fsdp/sbatch_mfsdp_deepseek_v3.sh": "--use-megatron-fsdp given",
+    "megatron_fsdp/train_llama3_8b_fsdp_h100_fp8.sh": "--use-megatron-fsdp True: expected no FSDP, whose shards are",
+    "megatron_fsdp/sbatch_mfsdp_deepseek_v3.sh": "--use-megatron-fsdp True: expected no FSDP, whose shards are",
 }
 
 
@@ -103,9 +103,11 @@ def test_every_argument_set_is_explained_or_refused_for_a_known_reason(pool: Poo
 
 @pytest.mark.parametrize(("script", "why"), EXAMPLES_END.items())
 def test_examples_are_explained_or_refused_by_flag(script: str, why: str, pool: Pool, tmp_path: Path) -> None:
+    """With metrics; without them, DeepSeek v3's is explained."""
     words = example(Path(CHECKOUT), script, tmp_path)
     one = Functional(script, tuple(words), int(words[words.index("--hidden-size") + 1]), None)
-    (ended,) = explained(pool, [command(one, "--alignment-interval", "100")])
+    ended, rules = explained(pool, [command(one, "--alignment-interval", "100"), command(one)])
+    assert (rules.code == 0) == ("llama" not in script), rules.err
     lines = ended.err.splitlines()
     assert ended.code == (2 if why else 0), ended.err
     assert all(line.startswith("error: --") for line in lines), ended.err  # a line for each flag

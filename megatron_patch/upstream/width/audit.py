@@ -11,6 +11,7 @@ from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.upstream.hooks import after, before
 from megatron_patch.upstream.ranks import gather
 from megatron_patch.upstream.width.groups import TOLERANCE, identifier
+from megatron_patch.upstream.width.parameters import held_here
 from megatron_patch.upstream.width.plan import Plan
 
 # Initial weights are over when there is a checkpoint; the length of a warmup the scheduler compares, in steps.
@@ -20,6 +21,9 @@ _NOT_COMPARED = ("init_scaling", "extra_warmup_iters", "extra_warmup_fraction")
 def _compared(settings: type) -> tuple[tuple[str, Any], ...]:
     return tuple((one.name, one.default) for one in options_of(settings) if one.name not in _NOT_COMPARED)
 
+
+META = "param_to_group_meta"
+"""Where a checkpoint of Megatron-FSDP keeps the group of every parameter, by its name."""
 
 CHECKPOINT_KEYS: tuple[tuple[str, Any], ...] = (
     *_compared(WidthConfig),
@@ -50,6 +54,11 @@ def child_optimizers(optimizer: Any) -> list[Any]:
     return [child for one in optimizer.chained_optimizers for child in child_optimizers(one)]
 
 
+def by_megatron_fsdp(child: Any) -> bool:
+    """Return whether an optimizer steps what Megatron-FSDP (v1, v2) has put in the place of the model's parameters."""
+    return bool(getattr(getattr(child, "ddp_config", None), "use_megatron_fsdp", False))
+
+
 def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
     """Yield every live param group with the model parameters it trains on this rank.
 
@@ -66,6 +75,8 @@ def live_groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[torch.nn.
         members: list[list[torch.nn.Parameter]] = [[] for _ in groups]
         if hasattr(child, "group_members"):  # one of this package's own
             members = child.group_members()
+        elif by_megatron_fsdp(child):
+            members = [list(group["params"]) for group in groups]
         elif isinstance(child, DistributedOptimizer):
             for parameter, (index, _) in child.model_param_group_index_map.items():
                 members[index].append(parameter)
@@ -146,6 +157,8 @@ def audit_groups(plan: Plan, optimizer: Any) -> None:
                     f"{planned.optimizer}; let --optimizer alone decide which parameter is trained by what"
                 )
     elsewhere = {id(parameter) for parameter, _ in layer_wise_groups(optimizer)}
+    # Megatron-FSDP v2 leaves out what a rank has no part of; that some rank trains it, `hyperparameter_table` proves.
+    elsewhere |= {id(p.parameter) for p in plan.parameters if held_here(p.parameter).numel() == 0}
     missing = sorted(name for key, name in names.items() if name not in found and key not in elsewhere)
     sharded = any(hasattr(child, "model_param_group_index_map") for child in child_optimizers(optimizer))
     if missing and not sharded:
@@ -187,6 +200,8 @@ def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
             scoped = scheduler.warmup.scope == "all" or "width_dependent" in dict(plan.override_keys[name])
             lr = base_lr * (scheduler.factor() if scoped else 1.0)
             decay = base_decay * planned.factors.weight_decay
+            if isinstance(group["lr"], torch.Tensor):  # for a CUDA graph it is in the device's memory, in fp32
+                lr = float(torch.tensor(lr, dtype=group["lr"].dtype))
             live_lr, live_decay = float(group["lr"]), float(group["weight_decay"])
             _compare(
                 name,
@@ -194,6 +209,22 @@ def audit_schedule(plan: Plan, optimizer: Any, scheduler: Any) -> None:
                 {"lr": live_lr, "weight_decay": live_decay, "lr*weight_decay": live_lr * live_decay},
                 {"lr": lr, "weight_decay": decay, "lr*weight_decay": lr * decay},
             )
+
+
+def audit_graph(optimizer: Any) -> None:
+    """Make sure that a captured optimizer step would follow the schedule.
+
+    Raises:
+        ConfigError: an LR that is a number would be kept as it was when the step was captured.
+    """
+    if not all(isinstance(group["lr"], torch.Tensor) for group, parameters in live_groups(optimizer) if parameters):
+        raise ConfigError(
+            "--optimizer-cuda-graph",
+            "given",
+            "an optimizer with its LRs in tensors, as Transformer Engine's FusedAdam: this one's would stay as they "
+            "are when the step is captured",
+            "drop the flag, or install Transformer Engine",
+        )
 
 
 def _compare(name: str, rule: str, live: Mapping[str, float], expected: Mapping[str, float]) -> None:
@@ -287,6 +318,10 @@ def adopt_live_groups(optimizer: Any) -> None:
 
         def keep_groups(state_dict: dict[str, Any], child: Any = child) -> None:
             inner = state_dict.get("optimizer", state_dict)
+            if META in inner:
+                live_meta = child.sharded_param_state_fsdp_dtensor()[META]
+                inner[META] = {name: {**live_meta[name], **meta} for name, meta in inner[META].items()}
+                return
             saved = inner["param_groups"]
             step = {key: saved[0][key] for key in ("step",) if saved and key in saved[0]}
             live = child.optimizer.state_dict()["param_groups"]
@@ -312,5 +347,8 @@ def restore_peaks(optimizer: Any, scheduler: Any, args: Any) -> None:
 def _leave_groups_out(state_dict: dict[str, Any], is_loading: bool) -> None:
     if is_loading:
         inner = state_dict.get("optimizer", state_dict)
-        if isinstance(inner, dict):  # else one object of the whole, read as it was saved
-            inner.pop("param_groups", None)
+        if not isinstance(inner, dict):  # one object of the whole, read as it was saved
+            return
+        inner.pop("param_groups", None)
+        if META in inner:  # Transformer Engine's Adam counts its steps in its groups
+            inner[META] = {name: {k: meta[k] for k in ("step",) if k in meta} for name, meta in inner[META].items()}

@@ -76,7 +76,8 @@ def _labels(role: str, variants: Sequence[tuple[Hyperparameters, float]]) -> lis
 def live_values(classes: Sequence[ParameterClass], optimizer: Any) -> dict[str, tuple[float, float]]:
     """Return ``{label: (lr, weight decay)}`` that the coming step will use, from the live param groups.
 
-    Every rank holds every group, also those whose parameters live on other ranks.
+    Every rank holds every group, also those whose parameters live on other ranks; under Megatron-FSDP v2 only those of
+    which it has a part.
     """
     values = {}
     for c in classes:

@@ -205,7 +205,8 @@ def describe(
             if not parameter.requires_grad:
                 continue
             name = names[local_name]
-            if getattr(parameter, "shared_embedding", False):
+            built = as_built(parameter)
+            if getattr(built, "shared_embedding", False):
                 # The last stage's copy of a tied word embedding: one parameter in the whole model.
                 name = name.replace("output_layer.", "embedding.word_embeddings.")
             tp = (
@@ -213,9 +214,24 @@ def describe(
                 if belongs_to_expert(name)
                 else (groups.get_tensor_model_parallel_world_size())
             )
-            shape = _global_shape(parameter, tp)
+            shape = _global_shape(built, tp)
             spec, assumed = spec_of(name, shape, role_of(name, parameter), dimensions, bases)
             yield NamedParameter(spec, parameter, modules[local_name.rpartition(".")[0]], assumed)
+
+
+def as_built(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return a parameter as its layer was built, with Megatron's attributes, split by tensor parallelism alone.
+
+    Megatron-FSDP (v1) has its own in that place, with few of the attributes, and a shape that is whole in every
+    dimension. FSDP2's and Megatron-FSDP v2's (without tensor parallelism) have the shape of what they replaced.
+    """
+    return getattr(parameter, "orig_param", parameter)
+
+
+def held_here(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the memory of a parameter on this rank: under FSDP that of its shard, which may be empty."""
+    values = parameter.detach()
+    return values.to_local() if hasattr(values, "to_local") else values
 
 
 def _global_shape(parameter: torch.nn.Parameter, tp: int) -> tuple[int, ...]:

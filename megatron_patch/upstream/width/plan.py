@@ -14,7 +14,7 @@ from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.theory.updates import Shapes, UpdateScale, scaled_multipliers
 from megatron_patch.theory.width import Multipliers, ParamSpec, Rule, multipliers
 from megatron_patch.upstream.width.optimizers import emerging_overrides, optimizer_of
-from megatron_patch.upstream.width.parameters import NamedParameter, is_convolution
+from megatron_patch.upstream.width.parameters import NamedParameter, held_here, is_convolution
 
 # The layers that Megatron initialises with a smaller std the deeper the model is.
 _WRITES_RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2|out_proj|fc2_latent_proj)\.")
@@ -239,7 +239,7 @@ def initialise_by_fan_in(parameters: Sequence[NamedParameter], config: Any) -> N
         if p.spec.role == "vector" or is_convolution(p.spec.name):
             continue
         weight = p.parameter.data
-        rms = weight.float().square().mean().sqrt().item()
+        rms = _rms(weight)
         # Six standard errors of the RMS of a Gaussian sample of this size, and bf16's rounding.
         tolerance = 6 / math.sqrt(2 * weight.numel()) + 0.01
         if p.spec.role == "embedding":
@@ -254,4 +254,27 @@ def initialise_by_fan_in(parameters: Sequence[NamedParameter], config: Any) -> N
                 f"--init-scaling fan-in: {p.spec.name} has RMS {rms:.4g}, which is none of Megatron's initial stds "
                 f"{', '.join(f'{s:.4g}' for s in stds)}; drop --init-scaling or initialise this layer in the model"
             )
-        weight.mul_(1 / math.sqrt(p.spec.fan_in) / drawn)
+        held_here(weight).mul_(1 / math.sqrt(p.spec.fan_in) / drawn)
+    _compute_with([p.parameter for p in parameters])
+
+
+def _compute_with(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Bring Megatron-FSDP's parameters to the weights that it computes with, which are others."""
+    for model in dict.fromkeys(getattr(parameter, "_megatron_fsdp_model", None) for parameter in parameters):
+        if model is not None:
+            model.install_optimized_model_weights()
+            model.start_param_sync(force_sync=True)
+            model.synchronize_param_gather()  # an optimizer is built from what it puts into the model
+    if any(hasattr(parameter, "_mfsdp_parameter_group") for parameter in parameters):  # v2
+        from megatron.core.distributed.fsdp.src.megatron_fsdp.experimental import parameter_group
+
+        parameter_group.sync_model_weights_from_main_weights(parameters)
+
+
+def _rms(weight: torch.Tensor) -> float:
+    """Return the RMS of a weight; under FSDP, where each rank has a shard of its own, a collective call."""
+    square = held_here(weight).float().square().sum()
+    for axis, placement in enumerate(getattr(weight, "placements", ())):
+        if not placement.is_replicate():
+            torch.distributed.all_reduce(square, group=weight.device_mesh.get_group(axis))  # type: ignore[attr-defined]
+    return math.sqrt(square.item() / weight.numel())

@@ -10,6 +10,7 @@ from megatron_patch.upstream.ranks import collectively, gather
 from megatron_patch.upstream.width.audit import (
     adopt_live_groups,
     audit_build,
+    audit_graph,
     audit_groups,
     audit_schedule,
     check_checkpoint,
@@ -98,6 +99,8 @@ class PlannedRun:
         def both() -> None:
             audit_groups(self.plan, optimizer)
             audit_schedule(self.plan, optimizer, scheduler)
+            if getattr(args, "optimizer_cuda_graph", False):
+                audit_graph(optimizer)
 
         collectively(both)
 

@@ -37,6 +37,9 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     """
 
     init_lr: float
+    begins = False
+    """The checkpoint that is about to be loaded has no state of a warmup: Megatron fills in what `state_dict` has, and
+    with the format of its FSDP stops at what the checkpoint lacks."""
 
     def __init__(self, *args: Any, warmup: ExtraWarmup, **kwargs: Any) -> None:
         # Before the base class, whose constructor computes the first LR.
@@ -90,6 +93,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     def step(self, increment: int) -> None:
         """Advance the schedule by `increment` samples; by one optimizer step, if the increment is not zero."""
         if increment > 0 and not self._loading:
+            self.begins = False
             self.decay_product = decay_away_step(self.decay_product, self.base_lr(), self.get_wd())
             self.optimizer_steps += 1
         super().step(increment)
@@ -99,7 +103,7 @@ class WidthTransferScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         self._before_saving()
         state: dict[str, Any] = super().state_dict()
         own: dict[str, Any] = {}
-        if self.warmup.kind != "none":
+        if self.warmup.kind != "none" and not self.begins:
             own["warmup"] = {
                 "optimizer_steps": self.optimizer_steps,
                 "decay_product": self.decay_product,

@@ -382,7 +382,7 @@ MISTAKES = {
     "--num-attention-heads 5": "Megatron refuses --hidden-size 64, --num-attention-heads 5: it wants args.hidden_size",
     "--train-iters 0": "Megatron refuses --train-samples not given: either train-iters or",
     # What is refused with our flags, Megatron may refuse for a reason of the machine that is not there.
-    "--width-scaling sqrt --base-hidden-size 16 --use-megatron-fsdp": "--use-megatron-fsdp given: expected not",
+    "--alignment-interval 9 --use-megatron-fsdp": "--use-megatron-fsdp True: expected no FSDP, whose shards",
     "--optimizer adaptive_muon": "--optimizer adaptive_muon: expected one of adam, sgd, muon, soap, lion",
     "--cpu --hybrid-layer-pattern G-": "--hybrid-layer-pattern G-: expected the layers M, *, - and E with --cpu",
     "--hybrid-layer-pattern G-": "Megatron refuses these arguments: --hybrid-layer-pattern: gated delta nets (G) and",

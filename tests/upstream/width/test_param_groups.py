@@ -14,12 +14,12 @@ from tests.support.param_groups import (
     CASES,
     MODELS,
     TWO_RANKS,
-    Table,
     argv,
     assert_same,
     build_all,
     expected,
     expected_of,
+    stacked,
 )
 from tests.support.pool import Pool
 
@@ -50,13 +50,6 @@ def test_every_parameter_gets_what_its_own_fan_in_says(model: str, tensor_parall
             assert entry["lr"] == pytest.approx(wanted[parameter]["max_lr"], rel=1e-12), parameter
             assert entry["weight_decay"] == pytest.approx(wanted[parameter]["weight_decay"], rel=1e-12), parameter
             assert entry["eps"] == pytest.approx(wanted[parameter]["eps"], rel=1e-12), parameter
-
-
-def stacked(model: str, layers: int) -> Table:
-    """The table of a model of so many layers. The MoE model has two, a dense one and one of experts."""
-    first = {name: entry for name, entry in MODELS[model].table.items() if ".layers.0." in name}
-    more = {name.replace("s.0.", f"s.{n}."): entry for n in range(1, layers) for name, entry in first.items()}
-    return MODELS[model].table if model == "moe" else MODELS[model].table | more
 
 
 OPTIMIZERS = {

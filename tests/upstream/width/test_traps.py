@@ -552,17 +552,32 @@ def refusals(runs: list[str]) -> list[tuple[str, str]]:
 REFUSED = {
     "--optimizer sgd": "--optimizer",
     "--optimizer adaptive_muon": "--optimizer",
-    "--use-megatron-fsdp --ckpt-format fsdp_dtensor": "--use-megatron-fsdp",
-    "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights": "--use-torch-fsdp2",
     "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer": "--optimizer-cpu-offload",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--num-experts 4 --expert-tensor-parallel-num-weight-shards 2": "--expert-tensor-parallel-num-weight-shards",
     "--decoupled-lr 0.001 --untie-embeddings-and-output-weights": "--decoupled-lr",
     "--use-mup --mup-base-hidden-size 16": "--use-mup",
+    "--optimizer-cuda-graph --weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1": (
+        "--weight-decay-incr-style"
+    ),
 }
+ACCEPTED = [
+    "--use-megatron-fsdp --ckpt-format fsdp_dtensor",
+    "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights",
+    "--optimizer-cuda-graph",
+    *(
+        f"--cuda-graph-impl {graph} --te-rng-tracker --extra-warmup decay-away"
+        for graph in ("transformer_engine", "local")
+    ),
+]
 
 
 def test_what_takes_another_way_to_the_parameters_is_refused_by_name(pool: Pool):
     """After Megatron's own validation, so an attribute that is spelt wrong, or renamed upstream, shows here."""
     (found,) = pool.run(refusals, runs=list(REFUSED), distributed=False)
     assert dict(zip(REFUSED, found, strict=True)) == {run: ("ConfigError", flag) for run, flag in REFUSED.items()}
+
+
+def test_what_the_rules_do_go_with_is_accepted(pool: Pool):
+    (found,) = pool.run(refusals, runs=ACCEPTED, distributed=False)
+    assert dict(zip(ACCEPTED, found, strict=True)) == dict.fromkeys(ACCEPTED, ("accepted", ""))
