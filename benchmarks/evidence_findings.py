@@ -105,9 +105,7 @@ def warmup_figure() -> Figure:
     ]
     losses = [point.loss for trace in traces for point in trace.curve.points]
     limits = min(losses) - 0.01, max(losses) + 0.02
-    return grid_figure(
-        "width 128, 1,000 steps", [Picture("", "", partial(draw_losses, traces=traces, limits=limits))]
-    )
+    return grid_figure("width 128, 1,000 steps", [Picture("", "", partial(draw_losses, traces=traces, limits=limits))])
 
 
 def schedule() -> list[float]:
