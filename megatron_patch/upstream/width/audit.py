@@ -11,7 +11,7 @@ from megatron_patch.errors import AuditError, ConfigError
 from megatron_patch.upstream.hooks import after, before
 from megatron_patch.upstream.ranks import gather
 from megatron_patch.upstream.width.groups import TOLERANCE, identifier
-from megatron_patch.upstream.width.parameters import held_here
+from megatron_patch.upstream.width.parameters import is_empty_shard
 from megatron_patch.upstream.width.plan import Plan
 
 # Initial weights are over when there is a checkpoint; the length of a warmup the scheduler compares, in steps.
@@ -158,7 +158,7 @@ def audit_groups(plan: Plan, optimizer: Any) -> None:
                 )
     elsewhere = {id(parameter) for parameter, _ in layer_wise_groups(optimizer)}
     # Megatron-FSDP v2 leaves out what a rank has no part of; that some rank trains it, `hyperparameter_table` proves.
-    elsewhere |= {id(p.parameter) for p in plan.parameters if held_here(p.parameter).numel() == 0}
+    elsewhere |= {id(p.parameter) for p in plan.parameters if is_empty_shard(p.parameter)}
     missing = sorted(name for key, name in names.items() if name not in found and key not in elsewhere)
     sharded = any(hasattr(child, "model_param_group_index_map") for child in child_optimizers(optimizer))
     if missing and not sharded:

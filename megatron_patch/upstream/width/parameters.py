@@ -234,6 +234,11 @@ def held_here(parameter: torch.Tensor) -> torch.Tensor:
     return values.to_local() if hasattr(values, "to_local") else values
 
 
+def is_empty_shard(parameter: torch.nn.Parameter) -> bool:
+    """Return whether FSDP gives this rank no part of a parameter. ZeRO 3, which takes parameters away, is none."""
+    return hasattr(parameter, "to_local") and held_here(parameter).numel() == 0
+
+
 def _global_shape(parameter: torch.nn.Parameter, tp: int) -> tuple[int, ...]:
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False) and shape:

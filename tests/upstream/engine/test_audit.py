@@ -65,6 +65,7 @@ class Moved(Watched):
     """Lets DeepSpeed's own list of what is in which group be another than the optimizer's."""
 
     stage: int = 1
+    dropped: bool = False
 
     def before_arguments(self) -> None:
         import deepspeed
@@ -78,7 +79,9 @@ class Moved(Watched):
                 groups = zero.fp16_groups
             else:
                 groups = zero.bit16_groups
-            groups[0].append(groups[-1].pop())
+            moved = groups[-1].pop()
+            if not self.dropped:
+                groups[0].append(moved)
             return found
 
         deepspeed.initialize = initialize
@@ -91,6 +94,12 @@ def test_a_parameter_in_a_group_of_another_class_is_found_at_the_start(pool: Poo
     said = failure(pool, 1, [*RUN, *ds_json(tmp_path, stage)], Moved(stage=stage))
     assert "AuditError: " in said
     assert "the optimizer has " in said
+
+
+def test_a_parameter_in_no_group_is_found_although_zero_3_has_taken_it_away(pool: Pool, tmp_path: Path) -> None:
+    """Nothing of it is in its place between uses, as of a shard that FSDP gives to other ranks."""
+    said = failure(pool, 1, [*RUN, *ds_json(tmp_path, 3)], Moved(stage=3, dropped=True))
+    assert re.search(r"AuditError: .* is in no param group: the optimizer does not train it", said), said
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tests.support.building import Builder, groups_of
 from tests.support.explaining import explained
 from tests.support.fsdp import MEGATRON, SECOND, SHARDED, TORCH, ByHand, Sharded, ShardedAlone, build_sharded, on_cpus
 from tests.support.observed import ObservedWithPatch, bits
-from tests.support.param_groups import CASES, TWO_RANKS, argv, assert_same, build_all, expected_of, stacked
+from tests.support.param_groups import CASES, MODELS, TWO_RANKS, argv, assert_same, build_all, expected_of, stacked
 from tests.support.pool import Pool, RankFailure
 from tests.support.training import TINY, Outcome, Run, train
 
@@ -45,10 +45,20 @@ LAYOUTS = [
 ]
 
 
+def two_layers(model: str, more: str) -> list[str]:
+    """The command line of a model of two layers; a hybrid one has its own number."""
+    return argv(model, CASES["custom"], f"{'' if model == 'hybrid' else '--num-layers 2'} {more}")
+
+
+def by_hand(model: str) -> dict[str, dict[str, float]]:
+    table = MODELS[model].table if model == "hybrid" else stacked(model, 2)
+    return expected_of(table, model, CASES["custom"])
+
+
 @pytest.mark.parametrize(("model", "layout", "ranks"), LAYOUTS)
 def test_every_parameter_gets_what_it_gets_unsharded(model: str, layout: str, ranks: int, pool: Pool, tmp_path: Path):
     """Values by hand; shapes, fan-ins and classes as one rank has them. A wrong shape would show in m."""
-    run = argv(model, CASES["custom"], f"--num-layers 2 --global-batch-size {ranks}")
+    run = two_layers(model, f"--global-batch-size {ranks}")
     one, several = str(tmp_path / "one"), str(tmp_path / "several")
     ((_, whole),) = pool.run(build_all, runs=[run], directory=one)[0]
     results = pool.run(build_sharded, ranks=ranks, runs=[[*run, *layout.split()]], directory=several)
@@ -56,7 +66,7 @@ def test_every_parameter_gets_what_it_gets_unsharded(model: str, layout: str, ra
     for ((values, _),) in results:
         for name, value in values.items():
             assert union.setdefault(name, value) == value, name
-    assert_same(union, expected_of(stacked(model, 2), model, CASES["custom"]), layout)
+    assert_same(union, by_hand(model), layout)
     ((_, file),) = results[0]
     assert file["parameters"] == whole["parameters"]
 
@@ -65,12 +75,11 @@ def test_explain_says_what_the_live_groups_hold(pool: Pool) -> None:
     """At its own command line, with the layout of many ranks."""
     layouts = [(model, f"{layout} --world-size {ranks} --all-ranks") for model, layout, ranks in LAYOUTS]
     commands = [
-        ["--json", *ONE_LAYER, *argv(model, CASES["custom"], f"--num-layers 2 --global-batch-size 4 {layout}")]
-        for model, layout in layouts
+        ["--json", *ONE_LAYER, *two_layers(model, f"--global-batch-size 4 {layout}")] for model, layout in layouts
     ]
     for (model, layout), ended in zip(layouts, explained(pool, commands), strict=True):
         found = {entry["name"]: entry for entry in ended.json["parameters"]}
-        wanted = expected_of(stacked(model, 2), model, CASES["custom"])
+        wanted = by_hand(model)
         assert sorted(found) == sorted(wanted), layout
         for name, values in wanted.items():
             for key, value in (("lr", "max_lr"), ("weight_decay", "weight_decay"), ("eps", "eps")):
