@@ -87,6 +87,20 @@ def _inexact(attribute: str, flag: str, fine: tuple[Any, ...], expected: str) ->
     return Refusal(attribute, flag, fine, Feature.METRICS, f"{expected}, while metrics are on", _DROP_METRICS)
 
 
+def _not_with_flex(attribute: str, fine: tuple[Any, ...]) -> Refusal:
+    """What drops a token on its way to an expert, or makes another of it than the router saw."""
+    return Refusal(
+        attribute,
+        f"--{attribute.replace('_', '-')}",
+        fine,
+        Feature.METRICS,
+        "no such flag with --moe-token-dispatcher-type flex while metrics are on: experts' tokens are found by their "
+        "bits, and it changes or drops them",
+        f"let --moe-token-dispatcher-type be alltoall, {_DROP_METRICS.partition(', ')[2]}",
+        applies=lambda settings: str(settings.get("moe_token_dispatcher_type")) == "flex",
+    )
+
+
 def _not_with_engine(
     attribute: str, expected: str, fine: tuple[Any, ...] = _OFF, fix: str = "drop it", flag: str | None = None
 ) -> Refusal:
@@ -200,15 +214,9 @@ TABLE: tuple[Refusal, ...] = (
         "overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", _OFF, "one microbatch at a time"
     ),
     _inexact("moe_single_grouped_weight", "--moe-single-grouped-weight", _OFF, "one weight per expert"),
-    Refusal(
-        "moe_token_dispatcher_type",
-        "--moe-token-dispatcher-type",
-        ("alltoall", "allgather"),
-        Feature.METRICS,
-        "alltoall or allgather while metrics are on: the order of an expert's tokens must be known",
-        _DROP_METRICS,
-        applies=lambda settings: bool(settings.get("num_experts")),
-    ),
+    _not_with_flex("moe_latent_size", (None,)),
+    _not_with_flex("moe_expert_rank_capacity_factor", (None,)),
+    _not_with_flex("moe_apply_probs_on_input", _OFF),
     Refusal(
         "sequence_parallel",
         "--sequence-parallel",

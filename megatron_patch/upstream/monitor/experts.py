@@ -1,10 +1,13 @@
 """Which rows of an expert's input are sampled tokens, after Megatron's dispatcher has shuffled them over the ranks.
 
-Both dispatchers give an expert the tokens of one source rank after the other, and within a source in token order. They
-differ in the order of the sources: expert-tensor-parallel rank by rank (alltoall) or expert-parallel rank by rank
-(allgather). So it is enough that every rank tells its peers, per expert, how many tokens it sends there and the places
-of the sampled ones among them: a few integers in one all-gather per MoE layer of a measured iteration. It happens in
-the router's forward call, which all peers make in the same order, as they do the dispatch itself.
+The dispatchers alltoall and allgather give an expert the tokens of one source rank after the other, within a source
+in token order. They differ in the order of the sources: expert-tensor-parallel rank by rank (alltoall) or
+expert-parallel rank by rank (allgather). So it is enough that a rank tells its peers, per expert, how many tokens it
+sends there and the places of the sampled ones among them: a few integers in one all-gather per MoE layer of a measured
+iteration. It happens in the router's forward call, which all peers make in the same order, as they do the dispatch.
+
+Of the flex dispatcher the order is that of its kernels, which they tell nobody. But they move tokens and change none.
+So a sampled token is found by its bits: the ranks tell each other a fingerprint of each, and where it is sent.
 """
 
 from typing import Any
@@ -34,16 +37,17 @@ class ExpertTokens:
         self._rows: list[Tensor] = []
         self._totals: list[int] = []
 
-    def route(self, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
+    def route(self, tokens: Tensor, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
         """Take the routing of this rank's tokens and learn that of its peers; a collective call.
 
         Args:
+            tokens: what the router saw, [T_loc, d].
             routing_map: whether a token goes to an expert, bool [T_loc, experts].
             chosen: whether the router chose the expert for it; else it is there to fill up the expert's input.
             positions: the sampled tokens, ascending, [n].
             most: the largest number of sampled tokens of any rank.
         """
-        tokens, experts = routing_map.shape
+        experts = routing_map.shape[1]
         counts = routing_map.sum(0, keepdim=True)
         place = routing_map.cumsum(0)[positions] - 1
         sampled = torch.full((most, experts), -1, dtype=torch.int64, device=routing_map.device)
@@ -56,12 +60,13 @@ class ExpertTokens:
         self._rows = [rows[..., e][sampled[..., e] >= 0] for e in range(rows.shape[-1])]
         self._totals = counts.sum(0).tolist()
 
-    def pick(self, expert: int, tokens: Tensor) -> Tensor:
-        """Return the sampled rows of one local expert's input.
+    def pick(self, expert: int, tokens: Tensor, enters: bool) -> Tensor:
+        """Return the sampled rows of the input of one local expert's linear layer.
 
         Args:
             expert: its number on this rank.
-            tokens: its input, [rows, C_loc]; padding may follow the tokens.
+            tokens: the input, [rows, C_loc]; padding may follow the tokens.
+            enters: whether it is the expert's own input, not what it has made of it.
 
         Raises:
             RuntimeError: the input does not have the rows that the routers announced.
@@ -72,6 +77,66 @@ class ExpertTokens:
                 f"{self._totals[expert] if self._totals else 'unknown number of'} tokens its routers sent"
             )
         return tokens[self._rows[expert]]
+
+
+class TokensByContent(ExpertTokens):
+    """The same where nobody tells the order of the rows (--moe-token-dispatcher-type flex): a row is known by its bits.
+
+    Exact: of tokens that are equal in every bit an expert makes the same, so it does not matter which is found.
+
+    Args:
+        group, first, local: as above.
+    """
+
+    def __init__(self, group: Group, first: int, local: int) -> None:
+        super().__init__(group, 1, False, first, local)
+        self._sent: list[Tensor] = []
+
+    def route(self, tokens: Tensor, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
+        packed = torch.zeros((most, 1 + chosen.shape[1]), dtype=torch.int64, device=chosen.device)
+        packed[: positions.shape[0]] = torch.cat([fingerprints(tokens[positions])[:, None], chosen[positions]], 1)
+        gathered = all_gather_flat(packed, self._group).view(-1, packed.shape[1])
+        to_experts = gathered[:, 1:][:, self._experts] > 0
+        self._sent = [gathered[to_experts[:, e], 0] for e in range(to_experts.shape[1])]
+        self._rows = [torch.empty(0)] * len(self._sent)
+
+    @property
+    def routed(self) -> bool:
+        """Whether the layer's router has been heard, as that of every layer with a monitored expert is."""
+        return bool(self._sent)
+
+    def pick(self, expert: int, tokens: Tensor, enters: bool) -> Tensor:
+        if enters:
+            there, order = fingerprints(tokens).sort()
+            place = torch.searchsorted(there, self._sent[expert])
+            known = place < there.shape[0]
+            if not known.all() or not torch.equal(there[place], self._sent[expert]):
+                raise RuntimeError(
+                    f"expert {self._experts.start + expert} received {tokens.shape[0]} rows, and a token that its "
+                    "routers sent is not among them, bit by bit: the dispatcher has changed it"
+                )
+            self._rows[expert] = order[place]
+        return tokens[self._rows[expert]]
+
+
+_COLUMNS = 256
+"""Of tokens at a time, in `fingerprints`: int64 takes four times the memory of bf16."""
+
+
+def fingerprints(tokens: Tensor) -> Tensor:
+    """Return a number for the bits of every row of floats [n, d], int64 [n], the same for the same bits on any rank.
+
+    Sums of products with fixed random odd numbers, modulo 2^64: two different rows meet with a chance of about 2^-62.
+    """
+    words = tokens.detach().contiguous().view({2: torch.int16, 4: torch.int32}[tokens.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator) * 2 + 1
+    total = torch.zeros(words.shape[0], dtype=torch.int64, device=words.device)
+    for columns, some in zip(
+        torch.split(words, _COLUMNS, 1), torch.split(factors.to(words.device), _COLUMNS), strict=True
+    ):
+        total += (columns.long() * some).sum(1)
+    return total
 
 
 def dispatched(probabilities: Tensor, chosen: Tensor, config: Any) -> tuple[Tensor, Tensor]:
@@ -102,16 +167,24 @@ def find_experts(names: dict[str, str], chunk: torch.nn.Module, groups: Any) -> 
         groups: Megatron's `parallel_state`.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher
 
-    found = {}
+    found: dict[str, ExpertTokens] = {}
+    group = groups.get_expert_tensor_and_model_parallel_group()
     for local_name, module in chunk.named_modules():
         if isinstance(module, MoELayer):
-            found[names[local_name]] = ExpertTokens(
-                groups.get_expert_tensor_and_model_parallel_group(),
-                groups.get_expert_tensor_parallel_world_size(),
-                isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher),
+            first, local = (
                 groups.get_expert_model_parallel_rank() * module.num_local_experts,
                 module.num_local_experts,
+            )
+            if isinstance(module.token_dispatcher, MoEFlexTokenDispatcher):
+                found[names[local_name]] = TokensByContent(group, first, local)
+                continue
+            found[names[local_name]] = ExpertTokens(
+                group,
+                groups.get_expert_tensor_parallel_world_size(),
+                isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher),
+                first,
+                local,
             )
     return found

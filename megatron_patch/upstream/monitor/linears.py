@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
-from megatron_patch.upstream.monitor.experts import ExpertTokens, dispatched, find_experts
+from megatron_patch.upstream.monitor.experts import ExpertTokens, TokensByContent, dispatched, find_experts
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.optimizers import Growth
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
@@ -80,7 +80,7 @@ def find_linears(
     for chunk in model:
         names = global_names(chunk, groups.get_expert_model_parallel_rank())
         experts = find_experts(names, chunk, groups) if getattr(config, "num_moe_experts", None) else {}
-        by_call: dict[tuple[torch.nn.Module, int], list[tuple[_Weight, LinearView]]] = {}
+        by_call: dict[tuple[torch.nn.Module, int], list[tuple[_Weight, LinearView | None]]] = {}
         for weight in _each_call(_weights(chunk, names, by_parameter), predictions_before(chunk, config)):
             kind = _kind(weight)
             if kind is None:
@@ -99,6 +99,8 @@ def find_linears(
                 views.append(view)
                 if master.param_group:
                     param_groups.update({row.layer: master.param_group for row in view.rows})
+            elif isinstance(experts.get(weight.moe_layer), TokensByContent) and _is_fc1(weight.name):
+                by_call.setdefault((weight.module, weight.call), []).append((weight, None))  # where tokens are found
         for (module, call), members in by_call.items():
             points.append(CapturePoint(module, _extract(module, members, experts), call))
         for local_name, module in chunk.named_modules():
@@ -289,14 +291,14 @@ def _parts(name: str, kind: Kind, rows: int, shard: int, config: Any) -> tuple[t
         # Row numbers are global, since with fewer query groups than ranks a group straddles ranks.
         numbers = torch.arange(rows) + rows * shard
         return tuple(part for part, _ in pattern), of_group[numbers % of_group.numel()]
-    if kind == "column" and _is_gated_fc1(name) and config.gated_linear_unit:
+    if kind == "column" and _is_fc1(name) and config.gated_linear_unit:
         # Each shard holds [gate; up] of its own columns of fc2; interleaved in blocks if the config says so.
         block = _interleave(name, config) or rows // 2
         return ("/gate", "/up"), torch.arange(rows) // block % 2
     return ("",), torch.zeros(rows, dtype=torch.int64)
 
 
-def _is_gated_fc1(name: str) -> bool:
+def _is_fc1(name: str) -> bool:
     return re.search(r"\.linear_fc1(\.weight\d+)?$", name) is not None
 
 
@@ -316,10 +318,11 @@ def _part_sizes(parts: tuple[str, ...], fan_out: int, config: Any) -> tuple[int,
 
 
 def _extract(
-    module: torch.nn.Module, members: Sequence[tuple[_Weight, LinearView]], experts: Mapping[str, ExpertTokens]
+    module: torch.nn.Module, members: Sequence[tuple[_Weight, LinearView | None]], experts: Mapping[str, ExpertTokens]
 ) -> Extract:
     def dense(sample: Sample, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
         view = members[0][1]
+        assert view is not None
         tokens = _first_argument(args, kwargs).detach()
         tokens = tokens.reshape(-1, tokens.shape[-1])
         where = (group_rank(view.shard_group), group_size(view.shard_group)) if view.scattered else (0, 1)
@@ -336,8 +339,13 @@ def _extract(
         result = {}
         for weight, view in members:
             assert weight.expert is not None
+            layer = experts[weight.moe_layer]
+            if view is None and isinstance(layer, TokensByContent) and not layer.routed:
+                continue  # no expert of this layer is monitored
             piece = pieces[weight.expert] if len(pieces) > 1 else pieces[0]
-            result[view.name] = Captured(experts[weight.moe_layer].pick(weight.expert, piece))
+            rows = layer.pick(weight.expert, piece, enters=_is_fc1(weight.name))
+            if view is not None:
+                result[view.name] = Captured(rows)
         return result
 
     return dense if members[0][0].expert is None else routed
@@ -380,7 +388,9 @@ def _routing(experts: ExpertTokens, config: Any, groups: Any) -> Extract:
     def extract(sample: Sample, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Captured]:
         probabilities, chosen = output
         index, counts = sample.local(chosen.shape[0], chosen.device, *where)
-        experts.route(*dispatched(probabilities, chosen, config), index, max(counts))
+        tokens = _first_argument(args, kwargs)
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        experts.route(tokens, *dispatched(probabilities, chosen, config), index, max(counts))
         return {}
 
     return extract

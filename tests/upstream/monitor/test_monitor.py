@@ -305,7 +305,7 @@ FINE = {"num_experts": None, "moe_token_dispatcher_type": "alltoall", "tensor_mo
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
-        ({"num_experts": 4, "moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type"),
+        ({"moe_latent_size": 8, "moe_token_dispatcher_type": "flex"}, "--moe-latent-size"),
         ({"num_experts": 4, "tensor_model_parallel_size": 2, "sequence_parallel": False}, "--sequence-parallel"),
     ],
 )
