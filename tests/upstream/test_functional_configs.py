@@ -37,7 +37,6 @@ WITHOUT_METRICS = {
     "--overlap-moe-expert-parallel-comm": "two microbatches at a time",
     "--moe-pad-expert-input-to-capacity": "padded experts",
     "--moe-router-padding-for-quantization": "padded experts",
-    "--moe-latent-size": "the flex dispatcher beside a latent projection",
     "--moe-single-grouped-weight": "one weight for all experts",
 }
 REFUSED = {
