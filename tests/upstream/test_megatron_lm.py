@@ -37,7 +37,8 @@ HYBRID = (
     "--hybrid-layer-pattern M*-M --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec "
     "--mamba-head-dim 16 --mamba-state-dim 8 --mamba-num-groups 2"
 ).split()
-RULE = "--width-scaling sqrt --base-hidden-size 16".split()
+# At hidden size 16 Megatron would make linear_fc1 0 wide, in whole 64s.
+RULE = "--width-scaling sqrt --base-hidden-size 16 --base-ffn-hidden-size 32".split()
 # The same script on the same CPU platform without this package's hooks; of those only the one that makes no `make`.
 PLAIN = """
 import runpy, sys
