@@ -17,8 +17,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_patch.errors import ConfigError
@@ -142,7 +144,11 @@ def singular_values(checkpoint: Path) -> Iterator[SingularValue]:
 
     Fused ones are taken apart: a gated linear_fc1 into gate and up, linear_qkv [heads * 3 * d_head, d] into q, k and v
     """
-    state = torch.load(checkpoint, weights_only=False)
+    from megatron.core.transformer.enums import AttnBackend, InferenceCudaGraphScope
+
+    numpys = (np.ndarray, np.dtype, np.dtypes.UInt32DType, np._core.multiarray._reconstruct)
+    with torch.serialization.safe_globals([*numpys, argparse.Namespace, AttnBackend, InferenceCudaGraphScope, Signals]):
+        state = torch.load(checkpoint, weights_only=True)
     heads = state["args"].num_attention_heads
     for name, weight in state["model"].items():
         if not (name.startswith("decoder.layers.") and weight is not None and weight.dim() == 2):

@@ -49,13 +49,13 @@ def check_of(proxy: Proxy, factor: float = 1.5, count: int = 3, total: int = TOT
 
 # --- interpolation ---------------------------------------------------------------------------------------------------
 
-points = st.dictionaries(
-    st.floats(min_value=0, max_value=1), st.floats(min_value=1e-3, max_value=10), min_size=1, max_size=8
-)
+# Not closer than the iterations of a long run: numpy divides by the distance, which may be nothing.
+fractions = st.floats(min_value=0, max_value=1).map(lambda fraction: round(fraction, 9))
+points = st.dictionaries(fractions, st.floats(min_value=1e-3, max_value=10), min_size=1, max_size=8)
 
 
 @PROPERTY
-@given(points, st.floats(min_value=0, max_value=1))
+@given(points, fractions)
 def test_a_curve_is_numpys_interpolation_and_ends_where_its_points_end(known: dict[float, float], at: float) -> None:
     curve = Curve(known.items())
     for fraction in (at, *known):
