@@ -146,7 +146,7 @@ def singular_values(checkpoint: Path) -> Iterator[SingularValue]:
     """
     from megatron.core.transformer.enums import AttnBackend, InferenceCudaGraphScope
 
-    numpys = (np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0])
+    numpys: tuple[Any, ...] = (np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0])
     with torch.serialization.safe_globals([*numpys, argparse.Namespace, AttnBackend, InferenceCudaGraphScope, Signals]):
         state = torch.load(checkpoint, weights_only=True)
     heads = state["args"].num_attention_heads
