@@ -37,6 +37,8 @@ HIDDEN = ("decoder.", "blocks.")
 """What the names of matrices begin with whose fan-in goes with the width, in a Transformer and a ResNet."""
 Key = tuple[int, str]
 """Width and rule."""
+FITTED = 3
+"""Of fewer LRs nobody expects an optimum."""
 
 
 class Measured:
@@ -154,7 +156,8 @@ def row(grade: Grade) -> str:
     """Return a line of the table."""
     lost = "" if grade.lost is None else f"{'at least ' if grade.lost_at_least else ''}{grade.lost:.4f}"
     at = "" if grade.transferred is None else f"{grade.transferred:.4f}"
-    shift = grade.shift.text if grade.shift else grade.remarks
+    trained = len(grade.curve.points)
+    shift = grade.shift.text if grade.shift else f"{trained} LR trained so far" if trained < FITTED else grade.remarks
     return f"| {grade.label} | {grade.curve.hidden_size} | {shift} | {lost} | {at} | {grade.curve.best:.4f} |"
 
 
