@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 from evidence import known, sweep_file
 from evidence_spectra import spectrum, spectrum_figure
 from matplotlib.figure import Figure
@@ -150,9 +151,27 @@ def schedules_figure() -> Figure:
 
 
 def ridge() -> list[str]:
-    """Return what the fit of loss over LR and weight decay says."""
-    (picture,) = heat_maps(study(known("ridge")))
-    return [picture.caption]
+    """Return the best weight decay at every LR, and the product of both with the steps, as lines of Markdown.
+
+    The best is that of the parabola through the lowest loss and its neighbours, over the log of the weight decay.
+    """
+    trials = known("ridge")
+    lines = ["| base LR | best weight decay | LR * weight decay * steps | loss there |", "|---|---|---|---|"]
+    for lr in sorted({trial.lr for trial in trials}):
+        losses = {math.log2(t.weight_decay or 0): t.loss for t in trials if t.lr == lr}
+        decays = sorted(losses)
+        at = decays.index(min(losses, key=losses.__getitem__))
+        if not 0 < at < len(decays) - 1:
+            lines.append(f"| 2^{math.log2(lr):g} | {2 ** decays[at]:.2g}, at the edge | | {losses[decays[at]]:.4f} |")
+            continue
+        near = decays[at - 1 : at + 2]
+        parabola = np.polyfit(near, [losses[decay] for decay in near], 2)
+        best = float(-parabola[1] / parabola[0] / 2)
+        product = lr * 2**best * (trials[0].steps or 0)
+        lines.append(
+            f"| 2^{math.log2(lr):g} | {2**best:.2g} | {product:.1f} | {float(np.polyval(parabola, best)):.4f} |"
+        )
+    return lines
 
 
 def ridge_figure() -> Figure:
