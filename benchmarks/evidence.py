@@ -15,13 +15,9 @@ import csv
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from signal import Signals
 from typing import Any
-
-import numpy as np
-import torch
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.files.run_json import METRICS_FOLDER
@@ -125,44 +121,10 @@ def collect(name: str) -> None:
         append_rows(folder / "sublayers.csv", ("gain",), trial, run.sublayers)
     for trial, trained in zip(trials, done, strict=True):
         if checkpoint := max(Path(trained).glob("checkpoints/iter_*/mp_rank_00/model_optim_rng.pt"), default=None):
+            from evidence_checkpoints import singular_values  # torch and Megatron, for the one sweep that needs them
+
             append_rows(folder / "singular_values.csv", ("place", "value"), trial, tuple(singular_values(checkpoint)))
     print(f"{name}: {len(trials)} added, {len(left(name, file))} left")
-
-
-@dataclasses.dataclass(frozen=True)
-class SingularValue:
-    """One of a matrix; `place` counts them from the largest, 0."""
-
-    iteration: int
-    layer: str
-    place: int
-    value: float
-
-
-def singular_values(checkpoint: Path) -> Iterator[SingularValue]:
-    """Yield all singular values of the matrices in the decoder, from a checkpoint of one rank (--ckpt-format torch).
-
-    Fused ones are taken apart: a gated linear_fc1 into gate and up, linear_qkv [heads * 3 * d_head, d] into q, k and v
-    """
-    from megatron.core.transformer.enums import AttnBackend, InferenceCudaGraphScope
-
-    numpys: tuple[Any, ...] = (np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0])
-    with torch.serialization.safe_globals([*numpys, argparse.Namespace, AttnBackend, InferenceCudaGraphScope, Signals]):
-        state = torch.load(checkpoint, weights_only=True)
-    heads = state["args"].num_attention_heads
-    for name, weight in state["model"].items():
-        if not (name.startswith("decoder.layers.") and weight is not None and weight.dim() == 2):
-            continue
-        layer, columns = name.removesuffix(".weight"), weight.shape[1]
-        parts = {layer: weight}
-        if layer.endswith("linear_fc1"):
-            parts = dict(zip((f"{layer}/gate", f"{layer}/up"), weight.chunk(2), strict=True))
-        elif layer.endswith("linear_qkv"):
-            by_head = weight.view(heads, 3, -1, columns)
-            parts = {f"{layer}/{part}": by_head[:, i].reshape(-1, columns) for i, part in enumerate("qkv")}
-        for part, matrix in parts.items():
-            for place, value in enumerate(torch.linalg.svdvals(matrix.double()).tolist()):
-                yield SingularValue(state["iteration"], part, place, value)
 
 
 def append_rows(path: Path, columns: Sequence[str], trial: Trial, lines: Sequence[Any]) -> None:

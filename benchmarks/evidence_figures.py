@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
 from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure, png
-from megatron_patch.runs.trial import Trial
 from megatron_patch.theory.equilibrium import momentum_update_rms, trajectory
 from megatron_patch.theory.forecast import Course, forecast_shift, snr_of
 from megatron_patch.theory.schedules import linear_warmup_linear_decay
@@ -241,11 +240,6 @@ def write_tables() -> None:
     PAGE.write_text(BLOCK.sub(lambda found: found[1] + "\n".join(block(found[2])) + "\n" + found[4], page))
 
 
-def lrs_of(trials: Sequence[Trial], one: Trial) -> set[float]:
-    """Return the base LRs of a trial's width and rule."""
-    return {other.lr for other in trials if (other.hidden_size, other.rule) == (one.hidden_size, one.rule)}
-
-
 def draw(name: str) -> None:
     """Write the figures of one sweep."""
     trials = known(name)
@@ -254,7 +248,8 @@ def draw(name: str) -> None:
         return
     found = study(trials)
     folder = tables(name)
-    shown = study([trial for trial in trials if len(lrs_of(trials, trial)) >= FITTED])
+    whole = [curve for curve in found.curves.values() if len(curve.points) >= FITTED]
+    shown = study([trial for curve in whole for trial in curve.trials])
     pictures = transfer_pictures(shown, report_card(shown))
     (folder / "transfer.png").write_bytes(png(grid_figure(f"{name}: loss over base LR", pictures)))
     start = next((c.optimum for c in map(found.proxy, found.labels) if c and c.optimum), None)

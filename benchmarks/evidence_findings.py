@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_patch.fit.curves import Curve, study
 from megatron_patch.fit.report_card import Grade, report_card
+from megatron_patch.fit.surface import fit
 from megatron_patch.report.charts_sweep import Trace, draw_losses, heat_maps
 from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure
 from megatron_patch.runs.trial import Trial
@@ -151,26 +152,19 @@ def schedules_figure() -> Figure:
 
 
 def ridge() -> list[str]:
-    """Return the best weight decay at every LR, and the product of both with the steps, as lines of Markdown.
-
-    The best is that of the parabola through the lowest loss and its neighbours, over the log of the weight decay.
-    """
+    """Return the best weight decay at every LR, and the product of both with the steps, as lines of Markdown."""
     trials = known("ridge")
+    steps = int(sweep_file("ridge").flags["train-iters"])
     lines = ["| base LR | best weight decay | LR * weight decay * steps | loss there |", "|---|---|---|---|"]
     for lr in sorted({trial.lr for trial in trials}):
-        losses = {math.log2(t.weight_decay or 0): t.loss for t in trials if t.lr == lr}
-        decays = sorted(losses)
-        at = decays.index(min(losses, key=losses.__getitem__))
-        if not 0 < at < len(decays) - 1:
-            lines.append(f"| 2^{math.log2(lr):g} | {2 ** decays[at]:.2g}, at the edge | | {losses[decays[at]]:.4f} |")
+        own = [trial for trial in trials if trial.lr == lr]
+        decays = np.log2(np.array([[trial.weight_decay] for trial in own], dtype=float))
+        surface = fit(decays, np.array([trial.loss for trial in own]))
+        if surface is None or not decays.min() < surface.minimum[0] < decays.max():
+            lines.append(f"| 2^{math.log2(lr):g} | outside what was tried | | |")
             continue
-        near = decays[at - 1 : at + 2]
-        parabola = np.polyfit(near, [losses[decay] for decay in near], 2)
-        best = float(-parabola[1] / parabola[0] / 2)
-        product = lr * 2**best * (trials[0].steps or 0)
-        lines.append(
-            f"| 2^{math.log2(lr):g} | {2**best:.2g} | {product:.1f} | {float(np.polyval(parabola, best)):.4f} |"
-        )
+        best = float(2 ** surface.minimum[0])
+        lines.append(f"| 2^{math.log2(lr):g} | {best:.2g} | {lr * best * steps:.1f} | {surface.value:.4f} |")
     return lines
 
 

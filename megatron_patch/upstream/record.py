@@ -111,7 +111,9 @@ class Recorder:
         from megatron.training.global_vars import get_wandb_writer
 
         args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
-        to_writer = iteration % args.tensorboard_log_interval == 0
+        # Where one rank has not all classes, the others must tell it theirs; else only the rank that writes reads them.
+        asked = writer or wandb or (self._scattered and (args.tensorboard_dir or args.wandb_project))
+        to_writer = asked and iteration % args.tensorboard_log_interval == 0
         to_console = iteration % args.log_interval == 0
         if not (to_writer or to_console):
             return

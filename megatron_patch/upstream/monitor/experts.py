@@ -24,18 +24,21 @@ class ExpertTokens:
 
     Args:
         group: the ranks that exchange tokens, numbered `expert-parallel rank * expert-tensor size + tensor rank`.
-        tensor_ranks: expert-tensor-parallel size.
-        tensor_major: whether the dispatcher orders sources by expert-tensor-parallel rank first.
         first, local: number of the first expert on this rank, and how many there are.
     """
 
-    def __init__(self, group: Group, tensor_ranks: int, tensor_major: bool, first: int, local: int) -> None:
+    at_entry = False
+    """Whether rows are found in an expert's own input, which must be heard then, also if it is not monitored."""
+
+    def __init__(self, group: Group, first: int, local: int) -> None:
         self._group = group
         self._experts = slice(first, first + local)
-        sources = torch.arange(group_size(group)).view(-1, tensor_ranks)
-        self._order = (sources.T if tensor_major else sources).reshape(-1).tolist()
         self._rows: list[Tensor] = []
-        self._totals: list[int] = []
+
+    @property
+    def routed(self) -> bool:
+        """Whether the layer's router has been heard, as that of every layer with a monitored expert is."""
+        return bool(self._rows)
 
     def route(self, tokens: Tensor, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
         """Take the routing of this rank's tokens and learn that of its peers; a collective call.
@@ -47,6 +50,38 @@ class ExpertTokens:
             positions: the sampled tokens, ascending, [n].
             most: the largest number of sampled tokens of any rank.
         """
+        raise NotImplementedError
+
+    def pick(self, expert: int, tokens: Tensor, enters: bool) -> Tensor:
+        """Return the sampled rows of the input of one local expert's linear layer.
+
+        Args:
+            expert: its number on this rank.
+            tokens: the input, [rows, C_loc]; padding may follow the tokens.
+            enters: whether it is the expert's own input, not what it has made of it.
+
+        Raises:
+            RuntimeError: the input does not have the rows that the routers announced.
+        """
+        raise NotImplementedError
+
+
+class TokensByOrder(ExpertTokens):
+    """What the order of the dispatchers alltoall and allgather tells.
+
+    Args:
+        group, first, local: as above.
+        tensor_ranks: expert-tensor-parallel size.
+        tensor_major: whether the dispatcher orders sources by expert-tensor-parallel rank first.
+    """
+
+    def __init__(self, group: Group, first: int, local: int, tensor_ranks: int, tensor_major: bool) -> None:
+        super().__init__(group, first, local)
+        sources = torch.arange(group_size(group)).view(-1, tensor_ranks)
+        self._order = (sources.T if tensor_major else sources).reshape(-1).tolist()
+        self._totals: list[int] = []
+
+    def route(self, tokens: Tensor, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
         experts = routing_map.shape[1]
         counts = routing_map.sum(0, keepdim=True)
         place = routing_map.cumsum(0)[positions] - 1
@@ -61,16 +96,6 @@ class ExpertTokens:
         self._totals = counts.sum(0).tolist()
 
     def pick(self, expert: int, tokens: Tensor, enters: bool) -> Tensor:
-        """Return the sampled rows of the input of one local expert's linear layer.
-
-        Args:
-            expert: its number on this rank.
-            tokens: the input, [rows, C_loc]; padding may follow the tokens.
-            enters: whether it is the expert's own input, not what it has made of it.
-
-        Raises:
-            RuntimeError: the input does not have the rows that the routers announced.
-        """
         if not self._rows or tokens.shape[0] < self._totals[expert]:
             raise RuntimeError(
                 f"expert {self._experts.start + expert} received {tokens.shape[0]} rows, not the "
@@ -80,7 +105,7 @@ class ExpertTokens:
 
 
 class TokensByContent(ExpertTokens):
-    """The same where nobody tells the order of the rows (--moe-token-dispatcher-type flex): a row is known by its bits.
+    """What the bits of a token tell, where nobody tells the order of the rows (--moe-token-dispatcher-type flex).
 
     Exact: of tokens that are equal in every bit an expert makes the same, so it does not matter which is found.
 
@@ -88,8 +113,10 @@ class TokensByContent(ExpertTokens):
         group, first, local: as above.
     """
 
+    at_entry = True
+
     def __init__(self, group: Group, first: int, local: int) -> None:
-        super().__init__(group, 1, False, first, local)
+        super().__init__(group, first, local)
         self._sent: list[Tensor] = []
 
     def route(self, tokens: Tensor, routing_map: Tensor, chosen: Tensor, positions: Tensor, most: int) -> None:
@@ -100,22 +127,16 @@ class TokensByContent(ExpertTokens):
         self._sent = [gathered[to_experts[:, e], 0] for e in range(to_experts.shape[1])]
         self._rows = [torch.empty(0)] * len(self._sent)
 
-    @property
-    def routed(self) -> bool:
-        """Whether the layer's router has been heard, as that of every layer with a monitored expert is."""
-        return bool(self._sent)
-
     def pick(self, expert: int, tokens: Tensor, enters: bool) -> Tensor:
         if enters:
-            there, order = fingerprints(tokens).sort()
-            place = torch.searchsorted(there, self._sent[expert])
-            known = place < there.shape[0]
-            if not known.all() or not torch.equal(there[place], self._sent[expert]):
+            sent, marks = self._sent[expert], fingerprints(tokens)
+            if not torch.isin(sent, marks).all():
                 raise RuntimeError(
                     f"expert {self._experts.start + expert} received {tokens.shape[0]} rows, and a token that its "
                     "routers sent is not among them, bit by bit: the dispatcher has changed it"
                 )
-            self._rows[expert] = order[place]
+            there, order = marks.sort()
+            self._rows[expert] = order[torch.searchsorted(there, sent)]
         return tokens[self._rows[expert]]
 
 
@@ -173,18 +194,11 @@ def find_experts(names: dict[str, str], chunk: torch.nn.Module, groups: Any) -> 
     group = groups.get_expert_tensor_and_model_parallel_group()
     for local_name, module in chunk.named_modules():
         if isinstance(module, MoELayer):
-            first, local = (
-                groups.get_expert_model_parallel_rank() * module.num_local_experts,
-                module.num_local_experts,
-            )
+            where = group, groups.get_expert_model_parallel_rank() * module.num_local_experts, module.num_local_experts
             if isinstance(module.token_dispatcher, MoEFlexTokenDispatcher):
-                found[names[local_name]] = TokensByContent(group, first, local)
-                continue
-            found[names[local_name]] = ExpertTokens(
-                group,
-                groups.get_expert_tensor_parallel_world_size(),
-                isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher),
-                first,
-                local,
-            )
+                found[names[local_name]] = TokensByContent(*where)
+            else:
+                tensor_major = isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher)
+                tensor_ranks = groups.get_expert_tensor_parallel_world_size()
+                found[names[local_name]] = TokensByOrder(*where, tensor_ranks, tensor_major)
     return found

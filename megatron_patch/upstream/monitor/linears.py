@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_patch.errors import ConfigError
 from megatron_patch.metrics.sample import Sample
 from megatron_patch.metrics.views import Captured, CapturePoint, Extract, Kind, LinearView, Row, group_rank, group_size
-from megatron_patch.upstream.monitor.experts import ExpertTokens, TokensByContent, dispatched, find_experts
+from megatron_patch.upstream.monitor.experts import ExpertTokens, dispatched, find_experts
 from megatron_patch.upstream.monitor.masters import Master
 from megatron_patch.upstream.width.optimizers import Growth
 from megatron_patch.upstream.width.parameters import NamedParameter, belongs_to_expert, global_names
@@ -99,7 +99,7 @@ def find_linears(
                 views.append(view)
                 if master.param_group:
                     param_groups.update({row.layer: master.param_group for row in view.rows})
-            elif isinstance(experts.get(weight.moe_layer), TokensByContent) and _is_fc1(weight.name):
+            elif weight.moe_layer in experts and experts[weight.moe_layer].at_entry and _is_fc1(weight.name):
                 by_call.setdefault((weight.module, weight.call), []).append((weight, None))  # where tokens are found
         for (module, call), members in by_call.items():
             points.append(CapturePoint(module, _extract(module, members, experts), call))
@@ -340,7 +340,7 @@ def _extract(
         for weight, view in members:
             assert weight.expert is not None
             layer = experts[weight.moe_layer]
-            if view is None and isinstance(layer, TokensByContent) and not layer.routed:
+            if view is None and not layer.routed:
                 continue  # no expert of this layer is monitored
             piece = pieces[weight.expert] if len(pieces) > 1 else pieces[0]
             rows = layer.pick(weight.expert, piece, enters=_is_fc1(weight.name))
