@@ -4,73 +4,31 @@
 
 For every sweep that docs/evidence.md shows: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in
 the layers. The tables stand in docs/evidence.md between a line `<!-- TABLE -->` and `<!-- end -->`: TABLE is a sweep,
-`SWEEP forecast`, or one of `FINDINGS`, over several sweeps.
+`SWEEP forecast`, or one of several sweeps: `forecasts` and `FINDINGS`.
 """
 
 import argparse
-import csv
-import dataclasses
-import math
 import re
-import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import numpy as np
-from evidence import QUICK, TABLES, known, names, sweep_file, tables
-from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH, signed
+from evidence import QUICK, TABLES, known, names, tables
+from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH
+from evidence_forecast import course_of, forecast_table, forecasts
+from evidence_layers import Key, Measured
 
 from megatron_patch.fit.curves import Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
-from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure, png
-from megatron_patch.theory.equilibrium import momentum_update_rms, trajectory
-from megatron_patch.theory.forecast import Course, forecast_shift, snr_of
-from megatron_patch.theory.schedules import linear_warmup_linear_decay
+from megatron_patch.report.drawing import Line, Picture, draw_lines, grid_figure, png
+from megatron_patch.theory.equilibrium import trajectory
 from megatron_patch.theory.width import RULES
 
 PAGE = TABLES.parent / "evidence.md"
 BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 """A table of the page: its first line, its name, what is written, its last line."""
-HIDDEN = ("decoder.", "blocks.")
-"""What the names of matrices begin with whose fan-in goes with the width, in a Transformer and a ResNet."""
-Key = tuple[int, str]
-"""Width and rule."""
 FITTED = 3
 """Of fewer LRs nobody expects an optimum."""
-
-
-class Measured:
-    """The rows of a layers.csv whose LR is nearest to the proxy's optimum, matrices of one seed."""
-
-    def __init__(self, path: Path, lr: float) -> None:
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
-        seed = min((row["seed"] for row in rows), default="")
-        rows = [row for row in rows if row["seed"] == seed]
-        self.lr = min((float(row["lr"]) for row in rows), key=lambda one: abs(math.log2(one / lr)))
-        self.rows = [row for row in rows if float(row["lr"]) == self.lr]
-        self.keys: list[Key] = sorted({(int(row["hidden_size"]), row["rule"]) for row in self.rows})
-
-    def color(self, key: Key) -> str:
-        """Return the colour of a width and rule in every picture."""
-        return LIGHT[self.keys.index(key) % len(LIGHT)]
-
-    def median(self, key: Key, column: str) -> dict[int, float]:
-        """Return a quantity over the iterations, the median over the matrices."""
-        by_iteration: dict[int, list[float]] = {}
-        for row in self.rows:
-            if (int(row["hidden_size"]), row["rule"]) == key and row[column]:
-                by_iteration.setdefault(int(row["iteration"]), []).append(float(row[column]))
-        return {iteration: statistics.median(values) for iteration, values in sorted(by_iteration.items())}
-
-    def layers_half_way(self, key: Key, column: str) -> dict[str, float]:
-        """Return a quantity of every matrix at the measured iteration nearest to half of the run."""
-        own = [row for row in self.rows if (int(row["hidden_size"]), row["rule"]) == key and row[column]]
-        half = max(int(row["iteration"]) for row in own) / 2
-        at = min({int(row["iteration"]) for row in own}, key=lambda one: abs(one - half))
-        return {row["layer"]: float(row[column]) for row in own if int(row["iteration"]) == at}
 
 
 def named(key: Key, proxy: Key) -> str:
@@ -161,77 +119,14 @@ def row(grade: Grade) -> str:
     return f"| {grade.label} | {grade.curve.hidden_size} | {shift} | {lost} | {at} | {grade.curve.best:.4f} |"
 
 
-def mean_log2_rrcs(path: Path) -> dict[Key, dict[float, float]]:
-    """Return the mean over run and matrices of log2 of the RRC, by width and rule, over log2 of the base LR; one seed.
-
-    The last measured iteration is left out: the LR is 0 there.
-    """
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
-    last = max(int(row["iteration"]) for row in rows)
-    seed = min(row["seed"] for row in rows)
-    values: dict[Key, dict[float, list[float]]] = {}
-    for row in rows:
-        rrc = row["relative_representation_change"]
-        if rrc and int(row["iteration"]) < last and row["seed"] == seed:
-            curve = values.setdefault((int(row["hidden_size"]), row["rule"]), {})
-            curve.setdefault(math.log2(float(row["lr"])), []).append(math.log2(float(rrc)))
-    return {key: {x: statistics.fmean(logs) for x, logs in sorted(curve.items())} for key, curve in values.items()}
-
-
-def course_of(name: str) -> Course:
-    """Return the run of a sweep as the forecast sees it, with a gradient of noise alone."""
-    flags = sweep_file(name).flags
-    steps, warmup = int(flags["train-iters"]), int(flags["lr-warmup-iters"])
-    factors = [linear_warmup_linear_decay(t, 1.0, warmup, steps) for t in range(steps)]
-    tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
-    return Course(factors, float(flags["weight-decay"]), tokens, 0.0, momentum_update_rms(float(flags["adam-beta1"])))
-
-
-def forecast_table(name: str, found: Study, measured: Measured) -> list[str]:
-    """Return what the proxy's numbers say of the shifts, beside what was measured, as lines of Markdown."""
-    proxy = next(curve for curve in map(found.proxy, found.labels) if curve and curve.optimum)
-    assert proxy.optimum is not None
-    start, narrow = proxy.optimum.log2_lr, proxy.hidden_size
-    alignments = measured.median((narrow, measured.keys[0][1]), "update_alignment")
-    noise = course_of(name)
-    course = dataclasses.replace(noise, snr=snr_of(statistics.median(alignments.values()), narrow, noise.tokens))
-    rrcs = mean_log2_rrcs(tables(name) / "layers.csv")
-    base = rrcs[measured.keys[0]]
-    at_proxy = float(np.interp(start, list(base), list(base.values())))
-    lines = [
-        f"phi {course.snr:.3f} of the proxy; its mean log2 RRC at its optimum is {at_proxy:.2f}.",
-        "",
-        "| rule | width | forecast | from the wide runs' RRC | measured | mean log2 RRC at the optimum |",
-        "|---|---|---|---|---|---|",
-    ]
-    for grade in report_card(found):
-        width, curve = grade.curve.hidden_size, rrcs.get((grade.curve.hidden_size, grade.label))
-        optimum = grade.curve.optimum
-        if curve is None or optimum is None or grade.shift is None:
-            continue
-        m = width / narrow
-        rho = narrow**-0.5
-        told = forecast_shift(course, RULES[grade.label], m, narrow, 2**start, rho, width**-0.5)
-        x, y = list(curve), list(curve.values())
-        same = (
-            f"{float(np.interp(at_proxy, y, x)) - start:+.2f}" if y[0] <= at_proxy <= y[-1] else "outside the LRs swept"
-        )
-        own = float(np.interp(optimum.log2_lr, x, y))
-        lines.append(f"| {grade.label} | {width} | {told:+.2f} | {same} | {grade.shift.text} | {own:.2f} |")
-    return [signed(line) for line in lines]
-
-
 def block(name: str) -> list[str]:
     """Return the lines of a table of the page."""
+    if name == "forecasts":
+        return forecasts()
     if name in FINDINGS:
         return FINDINGS[name]()
     sweep, _, kind = name.partition(" ")
-    found = study(known(sweep))
-    if not kind:
-        return table(found)
-    proxy = next(curve.optimum for curve in map(found.proxy, found.labels) if curve and curve.optimum)
-    return forecast_table(sweep, found, Measured(tables(sweep) / "layers.csv", 2**proxy.log2_lr))
+    return forecast_table(sweep) if kind else table(study(known(sweep)))
 
 
 def write_tables() -> None:

@@ -23,8 +23,12 @@ from megatron_patch.theory.schedules import (
     linear_warmup_linear_decay,
 )
 
-MAP = ("length_500", "length_1000", "transfer", "batch_512", "swept_1000")
-"""Sweeps of the same rules over the same widths, at other lengths, batches and protocols."""
+MAP = (
+    *("length_500", "length_1000", "transfer"),
+    *("batch_8192", "batch_512", "batch_256", "length_8000"),
+    "swept_1000",
+)
+"""Sweeps of the same rules over the same widths: other lengths, other batches, the other protocol."""
 MAPPED = ("standard", "independent", "sqrt")
 WARMUPS = {
     "10% linear": ("length_1000", "none"),
@@ -57,7 +61,7 @@ def where_it_holds() -> list[str]:
             continue
         flags = sweep_file(name).flags
         tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
-        grades = {grade.label: grade for grade in report_card(study(trials))}
+        grades = {g.label: g for g in report_card(study(trials)) if g.curve.hidden_size == WIDE}
         cells = [f"{int(flags['train-iters']):,}", f"{tokens:,}", f"{tokens / WIDE:g}"]
         cells.append("frozen" if flags.get("vector-lr") else "swept along")
         for rule in MAPPED:

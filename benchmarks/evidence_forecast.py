@@ -1,0 +1,146 @@
+"""What the proxy's numbers say of the shifts, beside what was measured: the forecasts of docs/evidence.md."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from evidence import known, sweep_file, tables
+from evidence_findings import MAP, signed
+from evidence_layers import Key, Measured, mean_log2_rrcs
+
+from megatron_patch.fit.curves import Curve, study
+from megatron_patch.fit.report_card import Grade, report_card
+from megatron_patch.theory.equilibrium import momentum_update_rms
+from megatron_patch.theory.forecast import Course, forecast_shift, snr_of
+from megatron_patch.theory.schedules import linear_warmup_linear_decay
+from megatron_patch.theory.width import RULES
+
+MADE_FROM = "length_1000"
+"""The sweep whose runs of width 128 the forecast was made from, and `FALL`."""
+FALL = 0.35
+"""Octaves by which the optimum is lower than forecast, each time the width doubles: the mean over the five rules of
+`MADE_FROM` at width 128 (-0.67, -0.55, -0.65, -0.84 and -0.76 at two doublings)."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A rule at a width: what was forecast, and what was found."""
+
+    grade: Grade
+    shift: float
+    """Octaves, from the proxy's numbers alone."""
+    same_rrc: float | None
+    """Octaves at which the wide runs have the mean log2 RRC of the proxy's optimum; None outside the LRs swept."""
+    own_rrc: float
+    """Mean log2 RRC at the optimum of the wide model."""
+
+    @property
+    def corrected(self) -> float:
+        """The forecast, lower by `FALL` for each doubling."""
+        return self.shift - FALL * math.log2(self.grade.m)
+
+    @property
+    def measured(self) -> float:
+        """Octaves."""
+        assert self.grade.shift is not None
+        return self.grade.shift.octaves
+
+
+class Forecast:
+    """The forecasts of a sweep; phi is that of its proxy."""
+
+    def __init__(self, name: str) -> None:
+        self.found = study(known(name))
+        proxy = next(curve for curve in map(self.found.proxy, self.found.labels) if curve and curve.optimum)
+        assert proxy.optimum is not None
+        measured = Measured(tables(name) / "layers.csv", 2**proxy.optimum.log2_lr)
+        alignments = measured.median((proxy.hidden_size, proxy.trials[0].rule), "update_alignment")
+        noise = course_of(name)
+        snr = snr_of(statistics.median(alignments.values()), proxy.hidden_size, noise.tokens)
+        self.course = dataclasses.replace(noise, snr=snr)
+        self.rrcs = mean_log2_rrcs(tables(name) / "layers.csv")
+        self.rrc = self.at_optimum(proxy)
+        """Mean log2 RRC at the proxy's optimum."""
+
+    def at_optimum(self, curve: Curve) -> float:
+        """Return the mean log2 RRC at the optimum of a width and rule, between the LRs that were swept."""
+        assert curve.optimum is not None
+        rrc = self.rrcs[key_of(curve)]
+        return float(np.interp(curve.optimum.log2_lr, list(rrc), list(rrc.values())))
+
+    def __iter__(self) -> Iterator[Told]:
+        for grade in report_card(self.found):
+            proxy, curve = grade.proxy, grade.curve
+            if grade.shift is None or proxy is None or proxy.optimum is None or key_of(curve) not in self.rrcs:
+                continue
+            narrow, width, start = proxy.hidden_size, curve.hidden_size, proxy.optimum.log2_lr
+            told = forecast_shift(
+                self.course, RULES[grade.label], width / narrow, narrow, 2**start, narrow**-0.5, width**-0.5
+            )
+            x, y = zip(*self.rrcs[key_of(curve)].items(), strict=True)
+            wanted = self.at_optimum(proxy)
+            same = float(np.interp(wanted, y, x)) - start if y[0] <= wanted <= y[-1] else None
+            yield Told(grade, told, same, self.at_optimum(curve))
+
+
+def key_of(curve: Curve) -> Key:
+    """Return width and rule of a curve."""
+    return curve.hidden_size, curve.trials[0].rule
+
+
+def course_of(name: str) -> Course:
+    """Return the run of a sweep as the forecast sees it, with a gradient of noise alone."""
+    flags = sweep_file(name).flags
+    steps, warmup = int(flags["train-iters"]), int(flags["lr-warmup-iters"])
+    factors = [linear_warmup_linear_decay(t, 1.0, warmup, steps) for t in range(steps)]
+    tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
+    return Course(factors, float(flags["weight-decay"]), tokens, 0.0, momentum_update_rms(float(flags["adam-beta1"])))
+
+
+def forecast_table(name: str) -> list[str]:
+    """Return the forecasts of a sweep, as lines of Markdown."""
+    forecast = Forecast(name)
+    lines = [
+        f"phi {forecast.course.snr:.3f} of the proxy; its mean log2 RRC at its optimum is {forecast.rrc:.2f}.",
+        "",
+        "| rule | width | forecast | from the wide runs' RRC | measured | mean log2 RRC at the optimum |",
+        "|---|---|---|---|---|---|",
+    ]
+    for told in forecast:
+        same = "outside the LRs swept" if told.same_rrc is None else f"{told.same_rrc:+.2f}"
+        assert told.grade.shift is not None
+        lines.append(
+            f"| {told.grade.label} | {told.grade.curve.hidden_size} | {told.shift:+.2f} | {same} | "
+            f"{told.grade.shift.text} | {told.own_rrc:.2f} |"
+        )
+    return [signed(line) for line in lines]
+
+
+def forecasts() -> list[str]:
+    """Return all of them, with and without `FALL`, and how far off they are, as lines of Markdown."""
+    lines = [
+        "| steps | tokens a step | rule | width | forecast | and the fall | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    unseen: list[Told] = []
+    for name in MAP:
+        if not known(name):
+            continue
+        forecast = Forecast(name)
+        for told in forecast:
+            grade = told.grade
+            assert grade.shift is not None
+            new = name != MADE_FROM or grade.m != 4
+            unseen += [told] if new else []
+            source = "" if new else " (made from it)"
+            lines.append(
+                f"| {len(forecast.course.factors):,} | {forecast.course.tokens:,} | {grade.label} | "
+                f"{grade.curve.hidden_size} | {told.shift:+.2f} | {told.corrected:+.2f}{source} | {grade.shift.text} |"
+            )
+    plain = math.sqrt(statistics.fmean((told.shift - told.measured) ** 2 for told in unseen))
+    fallen = math.sqrt(statistics.fmean((told.corrected - told.measured) ** 2 for told in unseen))
+    lines.append(f"| root mean square error, {len(unseen)} it was not made from | | | | {plain:.2f} | {fallen:.2f} | |")
+    return [signed(line) for line in lines]

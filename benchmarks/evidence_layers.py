@@ -1,0 +1,63 @@
+"""What the runs behind docs/evidence.md measured in their layers: docs/evidence/NAME/layers.csv."""
+
+import csv
+import math
+import statistics
+from pathlib import Path
+
+from megatron_patch.report.drawing import LIGHT
+
+HIDDEN = ("decoder.", "blocks.")
+"""What the names of matrices begin with whose fan-in goes with the width, in a Transformer and a ResNet."""
+Key = tuple[int, str]
+"""Width and rule."""
+
+
+class Measured:
+    """The rows of a layers.csv whose LR is nearest to the proxy's optimum, matrices of one seed."""
+
+    def __init__(self, path: Path, lr: float) -> None:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
+        seed = min((row["seed"] for row in rows), default="")
+        rows = [row for row in rows if row["seed"] == seed]
+        self.lr = min((float(row["lr"]) for row in rows), key=lambda one: abs(math.log2(one / lr)))
+        self.rows = [row for row in rows if float(row["lr"]) == self.lr]
+        self.keys: list[Key] = sorted({(int(row["hidden_size"]), row["rule"]) for row in self.rows})
+
+    def color(self, key: Key) -> str:
+        """Return the colour of a width and rule in every picture."""
+        return LIGHT[self.keys.index(key) % len(LIGHT)]
+
+    def median(self, key: Key, column: str) -> dict[int, float]:
+        """Return a quantity over the iterations, the median over the matrices."""
+        by_iteration: dict[int, list[float]] = {}
+        for row in self.rows:
+            if (int(row["hidden_size"]), row["rule"]) == key and row[column]:
+                by_iteration.setdefault(int(row["iteration"]), []).append(float(row[column]))
+        return {iteration: statistics.median(values) for iteration, values in sorted(by_iteration.items())}
+
+    def layers_half_way(self, key: Key, column: str) -> dict[str, float]:
+        """Return a quantity of every matrix at the measured iteration nearest to half of the run."""
+        own = [row for row in self.rows if (int(row["hidden_size"]), row["rule"]) == key and row[column]]
+        half = max(int(row["iteration"]) for row in own) / 2
+        at = min({int(row["iteration"]) for row in own}, key=lambda one: abs(one - half))
+        return {row["layer"]: float(row[column]) for row in own if int(row["iteration"]) == at}
+
+
+def mean_log2_rrcs(path: Path) -> dict[Key, dict[float, float]]:
+    """Return the mean over run and matrices of log2 of the RRC, by width and rule, over log2 of the base LR; one seed.
+
+    The last measured iteration is left out: the LR is 0 there.
+    """
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
+    last = max(int(row["iteration"]) for row in rows)
+    seed = min(row["seed"] for row in rows)
+    values: dict[Key, dict[float, list[float]]] = {}
+    for row in rows:
+        rrc = row["relative_representation_change"]
+        if rrc and int(row["iteration"]) < last and row["seed"] == seed:
+            curve = values.setdefault((int(row["hidden_size"]), row["rule"]), {})
+            curve.setdefault(math.log2(float(row["lr"])), []).append(math.log2(float(rrc)))
+    return {key: {x: statistics.fmean(logs) for x, logs in sorted(curve.items())} for key, curve in values.items()}
