@@ -17,10 +17,11 @@ from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH
 from evidence_forecast import course_of, forecast_table, forecasts
 from evidence_layers import Key, Measured
 
-from megatron_patch.fit.curves import Study, study
+from megatron_patch.fit.curves import Curve, Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
 from megatron_patch.report.drawing import Line, Picture, draw_lines, grid_figure, png
+from megatron_patch.report.sweep_section import sensitivity_text
 from megatron_patch.theory.equilibrium import trajectory
 from megatron_patch.theory.width import RULES
 
@@ -99,14 +100,17 @@ def mechanism(name: str, measured: Measured, proxy: Key) -> list[Picture]:
 def table(found: Study) -> list[str]:
     """Return the report card as lines of Markdown."""
     lines = [
-        "| rule | width | shift of the optimum, octaves | loss lost by the proxy's LR | loss at it | best loss |",
-        "|---|---|---|---|---|---|",
+        "| rule | width | shift of the optimum, octaves | loss lost by the proxy's LR | loss at it | best loss |"
+        " LR sensitivity |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in found.labels:
         proxy = found.proxy(name)
         if proxy and not any("(proxy)" in line for line in lines):
             optimum = f"2^{proxy.optimum.log2_lr:.2f}" if proxy.optimum else f"none: {proxy.refusal}"
-            lines.append(f"| (proxy) | {proxy.hidden_size} | optimum {optimum} | | | {proxy.best:.4f} |")
+            lines.append(
+                f"| (proxy) | {proxy.hidden_size} | optimum {optimum} | | | {proxy.best:.4f} | {sensitivity(proxy)} |"
+            )
     return [*lines, *(row(grade) for grade in report_card(found))]
 
 
@@ -116,7 +120,13 @@ def row(grade: Grade) -> str:
     at = "" if grade.transferred is None else f"{grade.transferred:.4f}"
     trained = len(grade.curve.points)
     shift = grade.shift.text if grade.shift else f"{trained} LR trained so far" if trained < FITTED else grade.remarks
-    return f"| {grade.label} | {grade.curve.hidden_size} | {shift} | {lost} | {at} | {grade.curve.best:.4f} |"
+    told = sensitivity(grade.curve)
+    return f"| {grade.label} | {grade.curve.hidden_size} | {shift} | {lost} | {at} | {grade.curve.best:.4f} | {told} |"
+
+
+def sensitivity(curve: Curve) -> str:
+    """Return the LR sensitivity of a curve, empty where it has no optimum."""
+    return sensitivity_text(curve.optimum) if curve.optimum else ""
 
 
 def block(name: str) -> list[str]:

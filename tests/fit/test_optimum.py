@@ -37,6 +37,9 @@ def test_a_parabola_is_found_exactly() -> None:
     assert found.log2_lr == pytest.approx(OPTIMUM, abs=1e-6)
     assert found.curvature == pytest.approx(0.1, rel=1e-3)
     assert found.low <= OPTIMUM <= found.high and found.width < 0.2
+    mean_excess = np.mean([0.05 * octaves**2 for octaves in np.linspace(-1, 1, 2001)])
+    assert found.sensitivity[0] == pytest.approx(mean_excess, rel=2e-3)
+    assert found.sensitivity[1] <= mean_excess <= found.sensitivity[2]
 
 
 @pytest.mark.slow
@@ -45,14 +48,16 @@ def test_a_parabola_is_found_exactly() -> None:
 def test_noise(shape: str, noise: float, seeds: int) -> None:
     """Of 25 noisy sweeps, the typical error is below 0.1 octave and the 90% interval holds the truth as it should."""
     generator = np.random.default_rng(1)
-    errors, hits = [], 0
+    errors, hits, bent = [], 0, 0
+    truth = np.mean([SHAPES[shape](octaves) for octaves in np.linspace(-1, 1, 2001)])
     for _ in range(25):
         at = OPTIMUM + generator.uniform(-0.5, 0.5)
         found = fit_lr(curve(shape, seeds=seeds, noise=noise, at=at, generator=generator))
         errors.append(abs(found.log2_lr - at))
         hits += found.low <= at <= found.high
+        bent += found.sensitivity[1] <= truth <= found.sensitivity[2]
     assert np.median(errors) < 0.05 and np.quantile(errors, 0.9) < 0.1
-    assert hits >= 19
+    assert hits >= 19 and bent >= 19
 
 
 @pytest.mark.parametrize("place", range(1, 6))
