@@ -14,14 +14,23 @@ Key = tuple[int, str]
 
 
 class Measured:
-    """The rows of a layers.csv whose LR is nearest to the proxy's optimum, matrices of one seed."""
+    """The rows of a layers.csv of one LR and seed, matrices only.
+
+    The LR is the one nearest to the proxy's optimum of those that the most widths and rules have, or all of these but
+    one: between powers of two not all were trained.
+    """
 
     def __init__(self, path: Path, lr: float) -> None:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
         seed = min((row["seed"] for row in rows), default="")
         rows = [row for row in rows if row["seed"] == seed]
-        self.lr = min((float(row["lr"]) for row in rows), key=lambda one: abs(math.log2(one / lr)))
+        trained: dict[float, set[Key]] = {}
+        for row in rows:
+            trained.setdefault(float(row["lr"]), set()).add((int(row["hidden_size"]), row["rule"]))
+        most = max(map(len, trained.values()))
+        common = [one for one, keys in trained.items() if len(keys) >= most - 1]
+        self.lr = min(common, key=lambda one: abs(math.log2(one / lr)))
         self.rows = [row for row in rows if float(row["lr"]) == self.lr]
         self.keys: list[Key] = sorted({(int(row["hidden_size"]), row["rule"]) for row in self.rows})
 
