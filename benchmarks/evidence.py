@@ -7,7 +7,7 @@
 A sweep file configs/evidence/NAME.yaml has its results in docs/evidence/NAME/: `trials.csv`, a table that
 `megatron-patch report` and `transfer` read; `layers.csv` and `sublayers.csv`, what was measured in every layer; of a
 sweep that saves checkpoints `singular_values.csv`, all singular values of the matrices at the end. A trial of the sweep
-file that trials.csv has is not trained again: remove its line to have it trained.
+file that trials.csv has is not trained again: remove its line, and its folder under runs/evidence/NAME/trials.
 """
 
 import argparse
@@ -139,13 +139,15 @@ def collect(name: str) -> None:
 
 
 def append_rows(path: Path, columns: Sequence[str], trial: Trial, lines: Sequence[Any]) -> None:
-    """Append what a trial measured to a table of it, a row for each line: its settings, iteration, layer, columns."""
-    new = not path.exists()
-    own = ["" if value is None else value for value in identity(trial)]
-    with path.open("a", newline="") as opened:
+    """Append what a trial measured to a table of it, a row for each line: its settings, iteration, layer, columns.
+
+    Rows of the same trial from an earlier training give way.
+    """
+    own = ["" if value is None else str(value) for value in identity(trial)]
+    rows = list(csv.reader(path.open(newline=""))) if path.exists() else [[*SETTINGS, "iteration", "layer", *columns]]
+    with path.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
-        if new:
-            writer.writerow([*SETTINGS, "iteration", "layer", *columns])
+        writer.writerows(row for row in rows if row[: len(own)] != own)
         for line in lines:
             values = [getattr(line, column) for column in columns]
             cells = ["" if value is None else f"{value:.{DIGITS}g}" for value in values]

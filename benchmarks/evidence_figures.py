@@ -3,8 +3,8 @@
     python benchmarks/evidence_figures.py [NAME ...]
 
 For every sweep that docs/evidence.md shows: NAME/transfer.png, losses over LR; NAME/mechanism.png, what was measured in
-the layers. The tables stand in docs/evidence.md between a line `<!-- TABLE -->` and `<!-- end -->`: TABLE is a sweep,
-`SWEEP forecast`, or one of several sweeps: `forecasts` and `FINDINGS`.
+the layers; NAME/figure.png of what is not about an optimum. The tables stand in docs/evidence.md between a line
+`<!-- TABLE -->` and `<!-- end -->`: TABLE is a sweep, `SWEEP forecast`, or one of `FINDINGS`.
 """
 
 import argparse
@@ -14,87 +14,89 @@ from functools import partial
 
 from evidence import QUICK, TABLES, known, names, tables
 from evidence_findings import DRAWN, FINDINGS, SHOWN_WITH
-from evidence_forecast import course_of, forecast_table, forecasts
+from evidence_forecast import course_of, forecast_table
 from evidence_layers import Key, Measured
 
 from megatron_patch.fit.curves import Curve, Study, study
 from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.report.charts_sweep import transfer_pictures
 from megatron_patch.report.drawing import Line, Picture, draw_lines, grid_figure, png
-from megatron_patch.report.sweep_section import sensitivity_text
 from megatron_patch.theory.equilibrium import trajectory
 from megatron_patch.theory.width import RULES
 
 PAGE = TABLES.parent / "evidence.md"
 BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 """A table of the page: its first line, its name, what is written, its last line."""
+FORECAST = " forecast"
 FITTED = 3
 """Of fewer LRs nobody expects an optimum."""
 
 
-def named(key: Key, proxy: Key) -> str:
+def named(key: Key, measured: Measured) -> str:
     """Return what a curve is called."""
-    return f"proxy, {key[0]}" if key == proxy else f"{key[1]}, {key[0]}"
+    width, rule = key
+    if width != measured.narrow:
+        return f"{rule}, {width}"
+    return f"proxy, {width}" if key == measured.keys[0] else f"proxy of {rule}, {width}"
 
 
-def over_time(measured: Measured, column: str, proxy: Key | None) -> Callable[..., None]:
-    """Return what draws a quantity of every width and rule over the iterations, over the proxy's where one is given."""
-    base = measured.median(proxy, column) if proxy else {}
+def over_time(measured: Measured, column: str) -> Callable[..., None]:
+    """Return what draws a quantity of every width and rule over the iterations."""
     lines = []
     for key in measured.keys:
-        values = measured.median(key, column)
-        if proxy:
-            values = {i: value / base[i] for i, value in values.items() if i in base and key != proxy}
-        if values:
-            name = named(key, proxy or measured.keys[0])
-            lines.append(Line(name, tuple(values), tuple(values.values()), color=measured.color(key)))
-    return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)] if proxy else [])
+        if values := measured.median(key, column):
+            lines.append(Line(named(key, measured), tuple(values), tuple(values.values()), color=measured.color(key)))
+    return partial(draw_lines, lines=lines, log=True)
 
 
-def warmup_effect(name: str, measured: Measured, proxy: Key) -> Callable[..., None]:
-    """Return what draws the relative update over the proxy's, measured and as the weight-norm model has it (eq. 38)."""
+def over_proxy(measured: Measured, column: str, predicted: dict[Key, list[float]]) -> Callable[..., None]:
+    """Return what draws a quantity of every wide model over its proxy's; dotted, what is predicted of each step."""
+    lines = []
+    for key in (key for key in measured.keys if key[0] != measured.narrow):
+        values = measured.over_proxy(key, column)
+        color = measured.color(key)
+        lines.append(Line(named(key, measured), tuple(values), tuple(values.values()), color=color))
+        if key in predicted:
+            base = predicted[measured.proxy_of(key)]
+            told = [predicted[key][i - 1] / base[i - 1] for i in values]
+            lines.append(Line("", tuple(values), told, dashes=":", color=color))
+    return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)])
+
+
+def predicted_updates(name: str, measured: Measured) -> dict[Key, list[float]]:
+    """Return the relative update of every step as the weight-norm model (eq. 38) has it from the settings alone."""
     course = course_of(name)
-    base = measured.median(proxy, "relative_update")
 
-    def predicted(key: Key) -> list[float]:
-        rule, m = RULES[key[1]], key[0] / proxy[0]
+    def of(key: Key) -> list[float]:
+        rule, m = RULES[key[1]], key[0] / measured.narrow
         lr, decay = measured.lr * m**-rule.lr_exponent, course.weight_decay * m**rule.wd_exponent
         schedule = ((lr * factor, decay) for factor in course.factors)
         return [step.relative_update for step in trajectory(schedule, key[0] ** -0.5)]
 
-    lines, of_proxy = [], predicted(proxy)
-    for key in (key for key in measured.keys if key != proxy):
-        values = {i: v / base[i] for i, v in measured.median(key, "relative_update").items() if i in base}
-        model = predicted(key)
-        color = measured.color(key)
-        lines.append(Line(named(key, proxy), tuple(values), tuple(values.values()), color=color))
-        told = [model[i - 1] / of_proxy[i - 1] for i in values]
-        lines.append(Line("", tuple(values), told, dashes=":", color=color))
-    return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)])
+    return {key: of(key) for key in measured.keys}
 
 
-def half_way(measured: Measured, proxy: Key) -> Callable[..., None]:
+def half_way(measured: Measured) -> Callable[..., None]:
     """Return what draws the alignment ratio of every matrix at half time."""
     lines = []
     for key in measured.keys:
         values = list(measured.layers_half_way(key, "alignment_ratio").values())
         places, color = range(1, len(values) + 1), measured.color(key)
-        lines.append(Line(named(key, proxy), places, values, marker="o", color=color))
+        lines.append(Line(named(key, measured), places, values, marker="o", color=color))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)], x_label="matrix, in the model's order")
 
 
-def mechanism(name: str, measured: Measured, proxy: Key) -> list[Picture]:
+def mechanism(name: str, measured: Measured) -> list[Picture]:
     """Return the pictures of what weight decay does to the layers."""
-    update = Picture("relative update, over the proxy's", "", over_time(measured, "relative_update", proxy))
-    if name in names():
-        update = Picture(f"{update.title}; dotted: eq. 38", "", warmup_effect(name, measured, proxy))
+    predicted = predicted_updates(name, measured) if name in names() else {}  # the ResNets have no sweep file
+    update = "relative update, over the proxy's" + ("; dotted: eq. 38" if predicted else "")
+    change = over_proxy(measured, "relative_representation_change", {})
     return [
-        Picture("relative representation change, over the proxy's", "", over_time(
-            measured, "relative_representation_change", proxy)),
-        update,
-        Picture("alignment ratio", "", over_time(measured, "alignment_ratio", None)),
-        Picture("alignment ratio of every matrix, half-way", "", half_way(measured, proxy)),
-    ]  # fmt: skip
+        Picture("relative representation change, over the proxy's", "", change),
+        Picture(update, "", over_proxy(measured, "relative_update", predicted)),
+        Picture("alignment ratio", "", over_time(measured, "alignment_ratio")),
+        Picture("alignment ratio of every matrix, half-way", "", half_way(measured)),
+    ]
 
 
 def table(found: Study) -> list[str]:
@@ -104,13 +106,12 @@ def table(found: Study) -> list[str]:
         " LR sensitivity |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in found.labels:
-        proxy = found.proxy(name)
-        if proxy and not any("(proxy)" in line for line in lines):
-            optimum = f"2^{proxy.optimum.log2_lr:.2f}" if proxy.optimum else f"none: {proxy.refusal}"
-            lines.append(
-                f"| (proxy) | {proxy.hidden_size} | optimum {optimum} | | | {proxy.best:.4f} | {sensitivity(proxy)} |"
-            )
+    proxies = {id(proxy): (label, proxy) for label in found.labels if (proxy := found.proxy(label))}
+    for label, proxy in proxies.values():
+        optimum = f"2^{proxy.optimum.log2_lr:.2f}" if proxy.optimum else f"none: {proxy.refusal}"
+        whose = f" of {label}" if proxy.label == label else ""
+        told = sensitivity(proxy)
+        lines.append(f"| (proxy{whose}) | {proxy.hidden_size} | optimum {optimum} | | | {proxy.best:.4f} | {told} |")
     return [*lines, *(row(grade) for grade in report_card(found))]
 
 
@@ -126,17 +127,16 @@ def row(grade: Grade) -> str:
 
 def sensitivity(curve: Curve) -> str:
     """Return the LR sensitivity of a curve, empty where it has no optimum."""
-    return sensitivity_text(curve.optimum) if curve.optimum else ""
+    return curve.optimum.sensitivity.text if curve.optimum else ""
 
 
 def block(name: str) -> list[str]:
     """Return the lines of a table of the page."""
-    if name == "forecasts":
-        return forecasts()
     if name in FINDINGS:
         return FINDINGS[name]()
-    sweep, _, kind = name.partition(" ")
-    return forecast_table(sweep) if kind else table(study(known(sweep)))
+    if name.endswith(FORECAST):
+        return forecast_table(name.removesuffix(FORECAST))
+    return table(study(known(name)))
 
 
 def write_tables() -> None:
@@ -162,7 +162,7 @@ def draw(name: str) -> None:
     if start and layers.exists():
         measured = Measured(layers, 2**start.log2_lr)
         title = f"{name}: medians over the matrices at base LR {measured.lr:.4g}"
-        figure = grid_figure(title, mechanism(name, measured, measured.keys[0]))
+        figure = grid_figure(title, mechanism(name, measured))
         (folder / "mechanism.png").write_bytes(png(figure))
     if name == QUICK:
         print(*table(found), sep="\n")

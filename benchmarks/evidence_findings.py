@@ -6,11 +6,12 @@ from functools import partial
 
 import numpy as np
 from evidence import known, sweep_file
+from evidence_forecast import forecasts
+from evidence_map import WIDE, at_proxy_lr, sweeps, where_it_holds
 from evidence_spectra import spectrum, spectrum_figure
 from matplotlib.figure import Figure
 
 from megatron_patch.fit.curves import Curve, study
-from megatron_patch.fit.report_card import Grade, report_card
 from megatron_patch.fit.surface import fit
 from megatron_patch.report.charts_sweep import Trace, draw_losses, heat_maps
 from megatron_patch.report.drawing import LIGHT, Line, Picture, draw_lines, grid_figure
@@ -23,13 +24,6 @@ from megatron_patch.theory.schedules import (
     linear_warmup_linear_decay,
 )
 
-MAP = (
-    *("length_500", "length_1000", "transfer"),
-    *("batch_8192", "batch_512", "batch_256", "length_8000"),
-    "swept_1000",
-)
-"""Sweeps of the same rules over the same widths: other lengths, other batches, the other protocol."""
-MAPPED = ("standard", "independent", "sqrt")
 WARMUPS = {
     "10% linear": ("length_1000", "none"),
     "50% linear": ("warmup_linear", "none"),
@@ -38,43 +32,8 @@ WARMUPS = {
     "10% linear, independent scaling": ("length_1000", "independent"),
 }
 """What was trained at width 128: its sweep and rule."""
-WIDE = 128
 TIMES, PEAK, DECAY, STEPS = 16, 0.004, 0.1, 20_000
 """Width multiplier, peak LR, weight decay and steps of arXiv 2510.19093, fig. 7."""
-
-
-def signed(text: str) -> str:
-    """Return numbers in a table with a minus sign of their own."""
-    return text.replace("| -", "| −")
-
-
-def where_it_holds() -> list[str]:
-    """Return shift and lost loss of every rule, a row for each sweep of `MAP`."""
-    lines = [
-        "| steps | tokens a step | over the wide width | embedding and gains | "
-        + " | ".join(f"{rule}: shift | loss lost" for rule in MAPPED)
-        + " |",
-        "|" + "---|" * (4 + 2 * len(MAPPED)),
-    ]
-    for name in MAP:
-        if not (trials := known(name)):
-            continue
-        flags = sweep_file(name).flags
-        tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
-        grades = {g.label: g for g in report_card(study(trials)) if g.curve.hidden_size == WIDE}
-        cells = [f"{int(flags['train-iters']):,}", f"{tokens:,}", f"{tokens / WIDE:g}"]
-        cells.append("frozen" if flags.get("vector-lr") else "swept along")
-        for rule in MAPPED:
-            cells += shift_and_loss(grades.get(rule))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def shift_and_loss(grade: Grade | None) -> list[str]:
-    """Return two cells, empty where nothing was found."""
-    if grade is None or grade.shift is None:
-        return ["", ""]
-    return [grade.shift.text, "" if grade.lost is None else f"{grade.lost:.4f}"]
 
 
 def at_width(sweep: str, rule: str) -> list[Trial]:
@@ -178,7 +137,10 @@ def ridge_figure() -> Figure:
 
 
 FINDINGS: dict[str, Callable[[], list[str]]] = {
+    "sweeps": sweeps,
     "map": where_it_holds,
+    "losses": at_proxy_lr,
+    "forecasts": forecasts,
     "warmups": warmups,
     "spectrum": spectrum,
     "ridge": ridge,

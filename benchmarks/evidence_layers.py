@@ -13,18 +13,23 @@ Key = tuple[int, str]
 """Width and rule."""
 
 
-class Measured:
-    """The rows of a layers.csv of one LR and seed, matrices only.
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the matrices of one seed, the first."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
+    first = min((row["seed"] for row in rows), key=lambda seed: int(seed or 0))
+    return [row for row in rows if row["seed"] == first]
 
-    The LR is the one nearest to the proxy's optimum of those that the most widths and rules have, or all of these but
-    one: between powers of two not all were trained.
+
+class Measured:
+    """The rows of a layers.csv of one seed and one LR.
+
+    The LR is the nearest to the proxy's optimum of those that at most one width and rule lacks: the half octaves were
+    not trained for all.
     """
 
     def __init__(self, path: Path, lr: float) -> None:
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["layer"].startswith(HIDDEN)]
-        seed = min((row["seed"] for row in rows), default="")
-        rows = [row for row in rows if row["seed"] == seed]
+        rows = rows_of(path)
         trained: dict[float, set[Key]] = {}
         for row in rows:
             trained.setdefault(float(row["lr"]), set()).add((int(row["hidden_size"]), row["rule"]))
@@ -33,6 +38,17 @@ class Measured:
         self.lr = min(common, key=lambda one: abs(math.log2(one / lr)))
         self.rows = [row for row in rows if float(row["lr"]) == self.lr]
         self.keys: list[Key] = sorted({(int(row["hidden_size"]), row["rule"]) for row in self.rows})
+        self.narrow = self.keys[0][0]
+
+    def proxy_of(self, key: Key) -> Key:
+        """Return the proxy of a width and rule: that of its rule, if the rule has one of its own."""
+        own = (self.narrow, key[1])
+        return own if own in self.keys else self.keys[0]
+
+    def over_proxy(self, key: Key, column: str) -> dict[int, float]:
+        """Return `median` over that of the proxy, at the iterations that both have."""
+        base = self.median(self.proxy_of(key), column)
+        return {i: value / base[i] for i, value in self.median(key, column).items() if i in base}
 
     def color(self, key: Key) -> str:
         """Return the colour of a width and rule in every picture."""
@@ -59,14 +75,12 @@ def mean_log2_rrcs(path: Path) -> dict[Key, dict[float, float]]:
 
     The last measured iteration is left out: the LR is 0 there.
     """
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["layer"].startswith("decoder.")]
+    rows = rows_of(path)
     last = max(int(row["iteration"]) for row in rows)
-    seed = min(row["seed"] for row in rows)
     values: dict[Key, dict[float, list[float]]] = {}
     for row in rows:
         rrc = row["relative_representation_change"]
-        if rrc and int(row["iteration"]) < last and row["seed"] == seed:
+        if rrc and int(row["iteration"]) < last:
             curve = values.setdefault((int(row["hidden_size"]), row["rule"]), {})
             curve.setdefault(math.log2(float(row["lr"])), []).append(math.log2(float(rrc)))
     return {key: {x: statistics.fmean(logs) for x, logs in sorted(curve.items())} for key, curve in values.items()}

@@ -14,6 +14,24 @@ RIDGE = 4.0
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """How much a mistuned LR costs, in nats, with its 90% interval; nan where it is not known."""
+
+    nats: float
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        """The number with its interval, if it has one.
+
+        >>> Sensitivity(0.01234, 0.011, 0.014).text
+        '0.0123 [0.0110, 0.0140]'
+        """
+        return f"{self.nats:.4f}" if math.isnan(self.low) else f"{self.nats:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
 class Optimum:
     """The optimum of one curve: a loss over log2(LR)."""
 
@@ -32,7 +50,7 @@ class Optimum:
     """Finite measurements that do not fit the others."""
     blown: tuple[Trial, ...] = ()
     """Finite measurements that count as diverged, see `blowups`."""
-    bend: tuple[float, float] = (math.nan, math.nan)
+    curvature_interval: tuple[float, float] = (math.nan, math.nan)
     """90% bootstrap interval of the curvature; nan where it is not known."""
 
     @property
@@ -41,13 +59,14 @@ class Optimum:
         return float(2.0**self.log2_lr)
 
     @property
-    def sensitivity(self) -> tuple[float, float, float]:
-        """LR sensitivity and its 90% interval, nats: the mean loss above the best, over all LRs within an octave of it.
+    def sensitivity(self) -> Sensitivity:
+        """LR sensitivity: the mean loss above the best, over log2(LR) within an octave of the optimum.
 
         Of the fitted parabola that is curvature / 6; a curve of another shape, within an octave, can be a fifth off.
         Source: arXiv 2309.14322, section 2.2, where the mean is over three decades of LR.
         """
-        return self.curvature / 6, self.bend[0] / 6, self.bend[1] / 6
+        low, high = self.curvature_interval
+        return Sensitivity(self.curvature / 6, low / 6, high / 6)
 
     @property
     def width(self) -> float:

@@ -88,15 +88,15 @@ def _fit_curve(trials: Sequence[Trial], seed: int) -> Optimum:
         )
     low, high = _interval(surface, 0)
     at, curvature = float(surface.minimum[0]), float(surface.hessian[0, 0])
-    bend = _quantiles(surface.bends[:, 0])
-    optimum = Optimum(at, low, high, surface.value, curvature, len(used), used, dropped, bend=bend)
+    bent = _quantiles(surface.curvatures[:, 0])
+    optimum = Optimum(at, low, high, surface.value, curvature, len(used), used, dropped, curvature_interval=bent)
     _check_inside(optimum, used)
     _check_loss(optimum.lr, optimum.loss, _below_curve(used), surface, used, optimum)
     _check_narrow(optimum, used)
     if len(used) == len(lrs) == 3:
         # No noise can be told from three losses. A curve with one minimum has it between the neighbours of the best.
         levels = sorted(math.log2(t.lr) for t in used)
-        optimum = replace(optimum, low=levels[0], high=levels[2], bend=(math.nan, math.nan))
+        optimum = replace(optimum, low=levels[0], high=levels[2], curvature_interval=(math.nan, math.nan))
     if not optimum.width <= WIDEST + 1e-9:
         raise NoOptimum(
             f"the interval of the best LR, {octaves(optimum.low, optimum.high)}, is wider than {WIDEST:g} octaves",

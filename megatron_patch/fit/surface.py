@@ -83,7 +83,7 @@ class Surface:
     """Degrees of freedom that `sigma` is estimated with."""
     draws: Array
     """Bootstrap sample of the minimum, [draws, hyperparameters]; nan where a draw has none."""
-    bends: Array
+    curvatures: Array
     """The same of the second derivatives at the minimum along each hyperparameter, [draws, hyperparameters]."""
 
 
@@ -256,10 +256,12 @@ def fit(x: Array, y: Array, *, seed: int = 0) -> Surface | None:
         parts.append(found.coefficients + np.concatenate([noise, priors], axis=1) @ found.solve.T)
     coefficients = np.concatenate(parts)
     draws = _minimise(coefficients, k, 4 * reach)
-    bends = np.diagonal(_derivatives(coefficients, draws)[1], axis1=1, axis2=2)
+    curvatures = np.diagonal(_derivatives(coefficients, draws)[1], axis1=1, axis2=2)
     value = float((_design(at) @ found.coefficients)[0])
     _, hessian = _derivatives(found.coefficients[None], at)
-    return Surface(at[0] + found.center, value, hessian[0], found.sigma, found.freedom, draws + found.center, bends)
+    return Surface(
+        at[0] + found.center, value, hessian[0], found.sigma, found.freedom, draws + found.center, curvatures
+    )
 
 
 @_in_one_thread

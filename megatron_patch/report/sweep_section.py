@@ -8,7 +8,6 @@ from functools import cached_property
 
 from megatron_patch.errors import ConfigError
 from megatron_patch.fit.curves import Study, is_sweep, setting, study
-from megatron_patch.fit.found import Optimum
 from megatron_patch.fit.report_card import Grade, report_card, verdicts
 from megatron_patch.report.charts_sweep import heat_maps, transfer_pictures
 from megatron_patch.report.drawing import Picture
@@ -136,18 +135,12 @@ def _card_row(grade: Grade) -> tuple[Cell, ...]:
         _loss(grade.curve.best),
         _loss(grade.double, difference=True),
         _loss(grade.half, difference=True),
-        Cell(sensitivity_text(fit), fit.sensitivity[0]) if fit else Cell("–"),
+        Cell(fit.sensitivity.text, fit.sensitivity.nats) if fit else Cell("–"),
         Cell(f"{2**fit.log2_lr:.3g} [{2**fit.low:.3g}, {2**fit.high:.3g}]", 2**fit.log2_lr) if fit else Cell("–"),
         number(grade.m),
         Cell(seeds_text(grade), grade.curve.seeds[0]),
         Cell(grade.remarks or "–"),
     )
-
-
-def sensitivity_text(fit: Optimum) -> str:
-    """Return the LR sensitivity of a curve, with its interval where there is one."""
-    value, low, high = fit.sensitivity
-    return f"{value:.4f}" if math.isnan(low) else f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def seeds_text(grade: Grade) -> str:

@@ -183,7 +183,7 @@ def _rule(trials: Sequence[Trial], target: Mapping[str, Any], options: Options, 
         )
     warnings.append(
         f"neither --rule nor the target nor the sweep names a width rule: {DEFAULT_RULE} is written, which keeps LR * "
-        "weight decay at every width (arXiv 2510.19093, eq. 8); give --rule to choose"
+        "weight decay at every width (arXiv 2510.19093, eq. 8) and costs loss in short runs; give --rule to choose"
     )
     return DEFAULT_RULE, "chosen for lack of a rule in --rule, target and sweep: keeps LR * weight decay, check it"
 

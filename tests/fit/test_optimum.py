@@ -38,8 +38,8 @@ def test_a_parabola_is_found_exactly() -> None:
     assert found.curvature == pytest.approx(0.1, rel=1e-3)
     assert found.low <= OPTIMUM <= found.high and found.width < 0.2
     mean_excess = np.mean([0.05 * octaves**2 for octaves in np.linspace(-1, 1, 2001)])
-    assert found.sensitivity[0] == pytest.approx(mean_excess, rel=2e-3)
-    assert found.sensitivity[1] <= mean_excess <= found.sensitivity[2]
+    assert found.sensitivity.nats == pytest.approx(mean_excess, rel=2e-3)
+    assert found.sensitivity.low <= mean_excess <= found.sensitivity.high
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_noise(shape: str, noise: float, seeds: int) -> None:
         found = fit_lr(curve(shape, seeds=seeds, noise=noise, at=at, generator=generator))
         errors.append(abs(found.log2_lr - at))
         hits += found.low <= at <= found.high
-        bent += found.sensitivity[1] <= truth <= found.sensitivity[2]
+        bent += found.sensitivity.low <= truth <= found.sensitivity.high
     assert np.median(errors) < 0.05 and np.quantile(errors, 0.9) < 0.1
     assert hits >= 19 and bent >= 19
 
@@ -105,6 +105,7 @@ def test_three_points_give_the_bracket() -> None:
     found = fit_lr(curve(lrs=(-7, -6, -5)))
     assert found.log2_lr == pytest.approx(OPTIMUM, abs=1e-6)
     assert (found.low, found.high) == (-7, -5)
+    assert found.sensitivity.text == "0.0167"  # a third of 0.05, without an interval
 
 
 @pytest.mark.parametrize(
