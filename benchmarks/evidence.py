@@ -105,7 +105,7 @@ def train(name: str, workers: int) -> int:
     hours = sum(seconds(file, planned) for planned in missing) / 3600
     print(
         f"{name}: {len(missing)} of {len(file.plan)} runs to train, {workers} at a time: "  # type: ignore[arg-type]
-        f"about {hours:.1f} h of processor time"
+        f"about {f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'} of processor time"
     )
     if not missing:
         return 0
