@@ -90,11 +90,15 @@ def left(name: str, file: SweepFile) -> list[PlannedTrial]:
     return [planned for planned in file.plan if planned_identity(file, planned) not in there]
 
 
+def tokens_of(flags: Mapping[str, Any]) -> int:
+    """Return the tokens of a step."""
+    return int(flags["global-batch-size"]) * int(flags["seq-length"])
+
+
 def seconds(file: SweepFile, planned: PlannedTrial) -> float:
     """Return about how long a run takes on a core; measured at widths 32 and 128 and 512 and 2,048 tokens to 20%."""
     flags: Mapping[str, Any] = {**file.flags, **planned.changes}
-    width, tokens = int(flags["hidden-size"]), int(flags["global-batch-size"]) * int(flags["seq-length"])
-    return int(flags["train-iters"]) * (5e-3 + 0.4e-6 * tokens * width)
+    return int(flags["train-iters"]) * (5e-3 + 0.4e-6 * tokens_of(flags) * int(flags["hidden-size"]))
 
 
 def train(name: str, workers: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from evidence import known, sweep_file, tables
+from evidence import known, sweep_file, tables, tokens_of
 from evidence_layers import Key, Measured, mean_log2_rrcs
 from evidence_map import NARROW, WIDE, mapped, signed
 
@@ -99,8 +99,8 @@ def course_of(name: str) -> Course:
     flags = sweep_file(name).flags
     steps, warmup = int(flags["train-iters"]), int(flags["lr-warmup-iters"])
     factors = [linear_warmup_linear_decay(t, 1.0, warmup, steps) for t in range(steps)]
-    tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
-    return Course(factors, float(flags["weight-decay"]), tokens, 0.0, momentum_update_rms(float(flags["adam-beta1"])))
+    update_rms = momentum_update_rms(float(flags["adam-beta1"]))
+    return Course(factors, float(flags["weight-decay"]), tokens_of(flags), 0.0, update_rms)
 
 
 def forecast_table(name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from evidence import known, names, sweep_file
+from evidence import known, names, sweep_file, tokens_of
 
 from megatron_patch.fit.curves import study
 from megatron_patch.fit.report_card import Grade, report_card
@@ -34,7 +34,7 @@ def mapped() -> Iterator[tuple[str, dict[str, Grade]]]:
 def setting(name: str) -> list[str]:
     """Return steps, tokens a step, these over the wide width, and the protocol of a sweep."""
     flags = sweep_file(name).flags
-    tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
+    tokens = tokens_of(flags)
     protocol = "frozen" if flags.get("vector-lr") else "swept along"
     return [f"{int(flags['train-iters']):,}", f"{tokens:,}", f"{tokens / WIDE:g}", protocol]
 
@@ -86,7 +86,7 @@ def sweeps() -> list[str]:
     for name in names():
         trials, file = known(name), sweep_file(name)
         assert isinstance(file.plan, tuple)
-        tokens = int(file.flags["global-batch-size"]) * int(file.flags["seq-length"])
+        tokens = tokens_of(file.flags)
         done = f"{len(trials)}" if len(trials) == len(file.plan) else f"{len(trials)} of {len(file.plan)}"
         lines.append(sweep_row(name, trials, f"{tokens:,}", done) if trials else f"| {name} | | | | | {done} | |")
     trials = known("resnet")
