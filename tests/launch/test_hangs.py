@@ -28,8 +28,7 @@ from megatron_patch.hosts.heartbeat import *
 heart = Heart()
 def loop():
     print("there", flush=True)
-    while True:
-        pass
+    while True: pass
 def in_c():
     print("there", flush=True)
     sum(iter(int, 1))

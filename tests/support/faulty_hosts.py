@@ -29,8 +29,7 @@ def exchange(peer):
 """, "torch/distributed/stand_in.py", "exec"))
 
 def loop():
-    while True:
-        pass
+    while True: pass  # in one line, as a stack may be taken in any
 
 def hang(step):
     """Hang as asked for, in the first start only; or be slow."""

@@ -22,8 +22,7 @@ FIRST = not Path("restarted").exists()
 
 
 def spin():
-    while True:
-        pass
+    while True: pass
 
 
 def trouble(where, iteration):

@@ -91,7 +91,6 @@ until ip link show eth0 > /dev/null 2>&1; do sleep 0.05; done
 ip addr add {address}/24 dev eth0
 ip link set eth0 up
 {sshd} -f {folder}/{name}.sshd -E {folder}/{name}.sshd.log
-touch {folder}/{name}.up
 read -r _
 """
 
@@ -212,7 +211,8 @@ class TwoHosts:
         cable = f"link add eth0 type veth peer name eth0 netns {self.b.pid}"
         subprocess.run(["nsenter", "-t", str(self.a.pid), "-n", "ip", *cable.split()], check=True)
         for host in self.both:
-            wait_for((folder / f"{host.name}.up").exists, f"sshd of {host.name}", host.log)
+            # sshd's command returns before it listens
+            wait_for(lambda host=host: "Server listening on" in host.log(), f"sshd of {host.name}", host.log)
 
     def __enter__(self) -> "TwoHosts":
         return self
