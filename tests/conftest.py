@@ -51,6 +51,14 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
+def deepspeed_pool() -> Iterator[Pool]:
+    """Another, whose ranks find DeepSpeed imported: half a second of each. The other's do not have it."""
+    pool = Pool("deepspeed")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def documents() -> list[str]:
     """About 40 documents of code and 5 awkward ones; none is empty."""
     files = [file for file in stdlib_files() if "/asyncio/" in file or "/json/" in file]

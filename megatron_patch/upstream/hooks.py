@@ -140,27 +140,39 @@ def install(hooks: Sequence[Hook]) -> Installation:
     targets = [hook.target for hook in hooks]
     if twice := [target for target in targets if targets.count(target) > 1]:
         raise UpstreamChanged(f"{twice[0]} is hooked twice by megatron_patch itself")
-    assigned = []
-    for hook, (module, attribute, original) in zip(hooks, checked, strict=True):
+    bindings = _bindings([original for *_, original in checked])
+    for hook, (_, _, original), bound in zip(hooks, checked, bindings, strict=True):
+        _check_reach(hook, original, bound)
+    assigned, copies = [], []
+    for hook, (module, attribute, original), bound in zip(hooks, checked, bindings, strict=True):
         replacement = hook.wrap(original)
         replacement._megatron_patch = hook.target
         assigned.append(_Assigned(hook, module, attribute, original, replacement))
-    copies = _copies(assigned)
+        copies += [
+            _Assigned(hook, user, name, original, replacement)
+            for path, user, name in bound
+            if path.partition(".")[0] not in ("megatron", __name__.partition(".")[0])
+        ]
     for a in [*assigned, *copies]:
         setattr(a.module, a.attribute, a.replacement)
     return Installation(assigned, copies)
 
 
-def _copies(assigned: Sequence[_Assigned]) -> list[_Assigned]:
-    """Return what to assign in modules of neither Megatron's nor ours that hold an original under any name."""
-    by_original = {id(a.original): a for a in assigned}
-    return [
-        _Assigned(by_original[id(value)].hook, module, name, value, by_original[id(value)].replacement)
-        for path, module in list(sys.modules.items())
-        if path.partition(".")[0] not in ("megatron", __name__.partition(".")[0])
-        for name, value in list(getattr(module, "__dict__", {}).items())
-        if id(value) in by_original
-    ]
+def _bindings(originals: Sequence[Any]) -> list[list[tuple[str, ModuleType, str]]]:
+    """Return of every original where it is bound: path of the module, module, name; one pass over all modules."""
+    found: dict[int, list[tuple[str, ModuleType, str]]] = {id(original): [] for original in originals}
+    for path, module in list(sys.modules.items()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if id(value) in found:
+                found[id(value)].append((path, module, name))
+    return [found[id(original)] for original in originals]
+
+
+def _check_reach(hook: Hook, original: Any, bound: Sequence[tuple[str, ModuleType, str]]) -> None:
+    allowed = {hook.target.partition(":")[0], getattr(original, "__module__", None), *hook.also_bound_in}
+    elsewhere = dict.fromkeys(path for path, *_ in bound if path.startswith("megatron.") and path not in allowed)
+    if elsewhere:
+        raise UpstreamChanged(f"{hook.target} is also bound in {', '.join(elsewhere)}, where our hook would not reach")
 
 
 def _check(hook: Hook) -> tuple[ModuleType, str, Any]:
@@ -180,16 +192,6 @@ def _check(hook: Hook) -> tuple[ModuleType, str, Any]:
     missing = [p for p in hook.parameters if p not in inspect.signature(original).parameters]
     if missing:
         raise UpstreamChanged(f"{hook.target} has no parameter {', '.join(missing)} any more (needed to {hook.why})")
-    allowed = {module_name, getattr(original, "__module__", None), *hook.also_bound_in}
-    elsewhere = [
-        name
-        for name, other in list(sys.modules.items())
-        if name.startswith("megatron.")
-        and name not in allowed
-        and any(value is original for value in list(getattr(other, "__dict__", {}).values()))
-    ]
-    if elsewhere:
-        raise UpstreamChanged(f"{hook.target} is also bound in {', '.join(elsewhere)}, where our hook would not reach")
     return module, attribute, original
 
 

@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
@@ -66,8 +66,10 @@ PRELOADED = (
     "megatron.training.checkpointing",
     "megatron.core.models.gpt",
     "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text",  # and transformers with it: most of what a short job took
     "megatron_patch.kernels.norms",
     "megatron_patch.upstream.datasets",
+    "megatron_patch.upstream.patch",
     "torch.utils.tensorboard",
 )
 ENVIRONMENT = {
@@ -115,9 +117,14 @@ class RankFailure(Exception):
 
 
 class Pool:
-    """The test session's side of the pool. Starts the template with the first job."""
+    """The test session's side of the pool. Starts the template with the first job.
 
-    def __init__(self) -> None:
+    Args:
+        more: modules that the template imports as well.
+    """
+
+    def __init__(self, *more: str) -> None:
+        self._more = more
         self.printed: list[str] = []
         self._template: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -174,7 +181,7 @@ class Pool:
             return self._connection
         ours, theirs = Pipe()
         self._template = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.pool", str(theirs.fileno())],
+            [sys.executable, "-m", "tests.support.pool", str(theirs.fileno()), *self._more],
             cwd=ROOT,
             pass_fds=[theirs.fileno()],
             start_new_session=True,
@@ -192,12 +199,12 @@ class Pool:
 # --- the template process --------------------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, more: Sequence[str]) -> None:
     """Imports everything once, then answers each job with a report until the test session closes the connection."""
     from megatron_patch.upstream.cpu.platform import activate
 
     activate()
-    for module in PRELOADED:
+    for module in (*PRELOADED, *more):
         importlib.import_module(module)
     # Megatron's checkpoint writer spawns a process for its queue, which imports torch and Megatron again, for each job.
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
@@ -343,4 +350,4 @@ def _free_port() -> int:
 if __name__ == "__main__":
     from tests.support import pool  # the pickles name tests.support.pool.Job, not __main__.Job
 
-    pool._serve(Connection(int(sys.argv[1])))
+    pool._serve(Connection(int(sys.argv[1])), sys.argv[2:])
