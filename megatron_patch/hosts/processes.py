@@ -36,7 +36,34 @@ class Process:
     """Of the rank that it is or belongs to; empty for a launcher."""
 
 
-_strangers: dict[int, tuple[str, str]] = {}
+EXECUTING = 1.0
+"""Seconds for which a process is watched that is just becoming another program, and has no environment meanwhile."""
+
+# In /proc/PID/stat, counted from the state (proc(5)): when it was started, the size of its memory, and where its
+# environment lies, which is another place after every execve and 0 in the middle of one.
+_STARTED, _SIZE, _ENVIRONMENT = 19, 20, slice(47, 49)
+_strangers: dict[int, tuple[str, ...]] = {}
+
+
+def _stat(pid: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the words of /proc/PID/stat from the state on, and what tells this program of this process from others."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        called, _, rest = file.read().rpartition(")")
+    words = rest.split()
+    return words, (called, words[_STARTED], *words[_ENVIRONMENT])
+
+
+def _environ(pid: str, identity: tuple[str, ...]) -> dict[bytes, bytes]:
+    """Return the environment of a process; of one in the middle of an execve, that of the program which it becomes."""
+    deadline = time.monotonic() + EXECUTING
+    while True:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            content = file.read()
+        before, (words, identity) = identity, _stat(pid)
+        executing = words[_SIZE] != "0" and identity[-1] == "0"  # a kernel thread, or one that is ending, has no memory
+        if content or (identity == before and not executing) or time.monotonic() > deadline:
+            return dict(pair.partition(b"=")[::2] for pair in content.split(b"\0"))
+        time.sleep(0.001)
 
 
 def processes(job: str | None = None) -> list[Process]:
@@ -46,31 +73,25 @@ def processes(job: str | None = None) -> list[Process]:
         if not name.isdigit() or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                called, _, rest = file.read().rpartition(")")
-            words = rest.split()
-            # A process becomes one of a job when it executes something, and is then called otherwise.
-            identity = (words[19], called)
+            words, identity = _stat(name)
             if words[0] == "Z" or _strangers.get(int(name)) == identity:
                 continue
-            with open(f"/proc/{name}/environ", "rb") as file:
-                pairs = dict(pair.partition(b"=")[::2] for pair in file.read().split(b"\0"))
+            pairs = _environ(name, identity)
             theirs = pairs.get(JOB.encode(), b"").decode(errors="replace")
             if not theirs:
                 _strangers[int(name)] = identity
             elif job in (None, theirs):
                 rank = pairs.get(b"RANK", b"").decode(errors="replace")
-                found.append(Process(int(name), words[19], int(words[1]), words[0], theirs, rank))
+                found.append(Process(int(name), words[_STARTED], int(words[1]), words[0], theirs, rank))
     return found
 
 
 def watched(job: str) -> bool:
     """Return whether an agent of a job lives on this host."""
-    wanted = f"{AGENT}={job}".encode()
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
+            with contextlib.suppress(OSError):
+                if _environ(name, _stat(name)[1]).get(AGENT.encode()) == job.encode():
                     return True
     return False
 
@@ -78,7 +99,7 @@ def watched(job: str) -> bool:
 def end(job: str, patience: float) -> dict[str, Any]:
     """End every process of a job: SIGTERM, and after `patience` seconds SIGKILL; return how many, and who is left.
 
-    It returns when none has been seen for a second: one that was about to start is ended too.
+    It returns at once if there is none, else when none has been seen for a second: what they were starting ends too.
     """
     told: set[tuple[int, str]] = set()
     deadline = time.monotonic() + patience

@@ -192,6 +192,19 @@ class TestLock:
         assert sum(taken.queue) == 1
 
 
+def test_a_process_that_becomes_another_program_is_not_missed(
+    belonging: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    """In the middle of an execve it has no environment; it has been asked for by then: `Popen` returns before that."""
+    job = f"job-{os.getpid()}"
+    for _ in range(150):
+        process = belonging(job)
+        for _ in range(3):  # sh, and then sleep
+            assert process.pid in [found.pid for found in processes.processes(job)]
+        process.kill()
+        process.wait()
+
+
 class TestAgents:
     def test_they_end_a_job_and_no_other(self, hosts: Hosts, belonging: Callable[..., subprocess.Popen[bytes]]) -> None:
         deaf = "trap '' TERM; touch deaf; while :; do sleep 0.1; done"
