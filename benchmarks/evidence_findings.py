@@ -25,22 +25,13 @@ from megatron_patch.theory.schedules import (
 )
 
 WARMUPS = {
-    1000: {
-        "10% linear": ("length_1000", "none"),
-        "50% linear": ("warmup_linear", "none"),
-        "10% linear, exp 50%": ("warmup_exp", "none"),
-        "10% linear, decay-away": ("warmup_decay_away", "none"),
-        "10% linear, independent scaling": ("length_1000", "independent"),
-    },
-    4000: {
-        "10% linear": ("transfer", "none"),
-        "50% linear": ("warmup_linear_4000", "none"),
-        "10% linear, exp 50%": ("warmup_exp_4000", "none"),
-        "10% linear, decay-away": ("warmup_decay_away_4000", "none"),
-        "10% linear, independent scaling": ("transfer", "independent"),
-    },
+    "10% linear": ("length_1000", "none"),
+    "50% linear": ("warmup_linear", "none"),
+    "10% linear, exp 50%": ("warmup_exp", "none"),
+    "10% linear, decay-away": ("warmup_decay_away", "none"),
+    "10% linear, independent scaling": ("length_1000", "independent"),
 }
-"""What was trained at width 128 in so many steps: its sweep and rule."""
+"""What was trained at width 128: its sweep and rule."""
 TIMES, PEAK, DECAY, STEPS = 16, 0.004, 0.1, 20_000
 """Width multiplier, peak LR, weight decay and steps of arXiv 2510.19093, fig. 7."""
 
@@ -50,15 +41,15 @@ def at_width(sweep: str, rule: str) -> list[Trial]:
     return [trial for trial in known(sweep) if trial.hidden_size == WIDE and trial.rule == rule]
 
 
-def warmup_curves(steps: int) -> dict[str, Curve]:
+def warmup_curves() -> dict[str, Curve]:
     """Return the curves of `WARMUPS` that have been trained."""
-    trials = {name: at_width(*where) for name, where in WARMUPS[steps].items()}
+    trials = {name: at_width(*where) for name, where in WARMUPS.items()}
     return {name: Curve(name, WIDE, tuple(members)) for name, members in trials.items() if members}
 
 
-def warmups(steps: int) -> list[str]:
+def warmups() -> list[str]:
     """Return the losses of every warmup over the LR, as lines of Markdown."""
-    curves = warmup_curves(steps)
+    curves = warmup_curves()
     lrs = sorted({point.lr for curve in curves.values() for point in curve.points})
     lines = [
         "| warmup | " + " | ".join(f"2^{math.log2(lr):g}" for lr in lrs) + " | optimum |",
@@ -72,15 +63,14 @@ def warmups(steps: int) -> list[str]:
     return lines
 
 
-def warmup_figure(steps: int) -> Figure:
+def warmup_figure() -> Figure:
     """Return the same as a figure."""
-    curves = warmup_curves(steps)
-    traces = [Trace(name, LIGHT[place % len(LIGHT)], curve) for place, (name, curve) in enumerate(curves.items())]
+    traces = [
+        Trace(name, LIGHT[place % len(LIGHT)], curve) for place, (name, curve) in enumerate(warmup_curves().items())
+    ]
     losses = [point.loss for trace in traces for point in trace.curve.points]
     limits = min(losses) - 0.01, max(losses) + 0.02
-    return grid_figure(
-        f"width {WIDE}, {steps:,} steps", [Picture("", "", partial(draw_losses, traces=traces, limits=limits))]
-    )
+    return grid_figure("width 128, 1,000 steps", [Picture("", "", partial(draw_losses, traces=traces, limits=limits))])
 
 
 def schedule() -> list[float]:
@@ -151,24 +141,20 @@ FINDINGS: dict[str, Callable[[], list[str]]] = {
     "map": where_it_holds,
     "losses": at_proxy_lr,
     "forecasts": forecasts,
-    "warmups": partial(warmups, 1000),
-    "warmups 4000": partial(warmups, 4000),
+    "warmups": warmups,
     "spectrum": spectrum,
     "ridge": ridge,
     "schedules": schedules,
 }
 """Tables of the page, by name."""
 DRAWN: dict[str, Callable[[], Figure]] = {
-    "warmup_exp": partial(warmup_figure, 1000),
-    "warmup_exp_4000": partial(warmup_figure, 4000),
+    "warmup_exp": warmup_figure,
     "spectrum": spectrum_figure,
     "ridge": ridge_figure,
     "schedules": schedules_figure,
 }
 """Figures of sweeps that are not about an optimum, by the folder they are put in."""
-SHOWN_WITH = {
-    **{name: "warmups" for name, _ in WARMUPS[1000].values() if name.startswith("warmup")},
-    **{name: "warmups 4000" for name, _ in WARMUPS[4000].values() if name.startswith("warmup")},
-    "singular_values": "spectrum",
+SHOWN_WITH = {name: "warmups" for name, _ in WARMUPS.values() if name.startswith("warmup")} | {
+    "singular_values": "spectrum"
 }
 """In which table of the page a sweep stands that has none of its own."""
