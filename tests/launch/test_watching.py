@@ -5,7 +5,6 @@ import queue
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -236,8 +235,11 @@ class TestAgents:
     ) -> None:
         hosts.ask("watch", job="left")
         launcher = belonging("left", f"RANK=3 sleep 5000 & echo $! > {tmp_path}/pid; exec sleep 5000")
-        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the rank")
-        time.sleep(3)  # the agents look every half second
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs/1_rank3.log").touch()
+        # What an agent reads is of ranks that it has seen, and it saw the launcher at the same time.
+        where = {"folder": str(tmp_path / "logs"), "since": 0.0}
+        wait_for(lambda: all(len(logs) for logs in hosts.ask("logs", **where).values()), "both agents' look")
         launcher.kill()
         launcher.wait()
         assert event(hosts, "orphans").particulars["ranks"] == ["3"]
