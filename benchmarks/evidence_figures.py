@@ -45,7 +45,8 @@ def over_time(measured: Measured, column: str) -> Callable[..., None]:
     lines = []
     for key in measured.keys:
         if values := measured.median(key, column):
-            lines.append(Line(named(key, measured), tuple(values), tuple(values.values()), color=measured.color(key)))
+            x, y, color, dashes = tuple(values), tuple(values.values()), measured.color(key), measured.dashes(key)
+            lines.append(Line(named(key, measured), x, y, color=color, dashes=dashes))
     return partial(draw_lines, lines=lines, log=True)
 
 
@@ -55,7 +56,8 @@ def over_proxy(measured: Measured, column: str, predicted: dict[Key, list[float]
     for key in (key for key in measured.keys if key[0] != measured.narrow):
         values = measured.over_proxy(key, column)
         color = measured.color(key)
-        lines.append(Line(named(key, measured), tuple(values), tuple(values.values()), color=color))
+        x, y, dashes = tuple(values), tuple(values.values()), measured.dashes(key)
+        lines.append(Line(named(key, measured), x, y, color=color, dashes=dashes))
         if key in predicted:
             base = predicted[measured.proxy_of(key)]
             told = [predicted[key][i - 1] / base[i - 1] for i in values]
@@ -81,8 +83,8 @@ def half_way(measured: Measured) -> Callable[..., None]:
     lines = []
     for key in measured.keys:
         values = list(measured.layers_half_way(key, "alignment_ratio").values())
-        places, color = range(1, len(values) + 1), measured.color(key)
-        lines.append(Line(named(key, measured), places, values, marker="o", color=color))
+        places, color, dashes = range(1, len(values) + 1), measured.color(key), measured.dashes(key)
+        lines.append(Line(named(key, measured), places, values, marker="o", color=color, dashes=dashes))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)], x_label="matrix, in the model's order")
 
 

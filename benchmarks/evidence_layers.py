@@ -51,8 +51,16 @@ class Measured:
         return {i: value / base[i] for i, value in self.median(key, column).items() if i in base}
 
     def color(self, key: Key) -> str:
-        """Return the colour of a width and rule in every picture."""
-        return LIGHT[self.keys.index(key) % len(LIGHT)]
+        """Return the colour of a width and rule in every picture: that of the rule, and one of its own for a proxy."""
+        proxies = [f"proxy of {rule}" for width, rule in self.keys if width == self.narrow]
+        rules = dict.fromkeys(rule for width, rule in self.keys if width != self.narrow)
+        name = f"proxy of {key[1]}" if key[0] == self.narrow else key[1]
+        return LIGHT[[*proxies, *rules].index(name) % len(LIGHT)]
+
+    def dashes(self, key: Key) -> str:
+        """Return how the lines of a width are drawn: the widest dashed, if there are several wide ones."""
+        wide = sorted({width for width, _ in self.keys} - {self.narrow})
+        return "--" if len(wide) > 1 and key[0] == wide[-1] else "-"
 
     def median(self, key: Key, column: str) -> dict[int, float]:
         """Return a quantity over the iterations, the median over the matrices."""
