@@ -37,8 +37,8 @@ TIMES, PEAK, DECAY, STEPS = 16, 0.004, 0.1, 20_000
 
 
 def at_width(sweep: str, rule: str) -> list[Trial]:
-    """Return the trials of a rule at the wide width."""
-    return [trial for trial in known(sweep) if trial.hidden_size == WIDE and trial.rule == rule]
+    """Return the trials of a rule at the wide width, of the one seed that every warmup has."""
+    return [trial for trial in known(sweep) if (trial.hidden_size, trial.rule, trial.seed) == (WIDE, rule, 1)]
 
 
 def warmup_curves() -> dict[str, Curve]:
