@@ -19,6 +19,8 @@ ORPHANED = 5.0
 """Seconds after which processes count as left behind by their launcher."""
 STOPPED = 3.0
 """Seconds in a stopped state after which it is told."""
+EXECUTING = 1.0
+"""Seconds for which a process is watched that is just becoming another program, and has no environment meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,6 @@ class Process:
     rank: str
     """Of the rank that it is or belongs to; empty for a launcher."""
 
-
-EXECUTING = 1.0
-"""Seconds for which a process is watched that is just becoming another program, and has no environment meanwhile."""
 
 # In /proc/PID/stat, counted from the state (proc(5)): when it was started, the size of its memory, and where its
 # environment lies, which is another place after every execve and 0 in the middle of one.
