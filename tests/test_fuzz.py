@@ -1,7 +1,7 @@
 """Any flags and any damaged file: accepted, or refused in one line with exit code 2; no traceback, nothing written.
 
-Fuzzed elsewhere: YAML files of flags and Megatron's own flags (tests/entry/test_flags_file.py), our flags with values of
-the right type (tests/test_config.py).
+Fuzzed elsewhere: YAML files of flags and Megatron's own flags (tests/entry/test_flags_file.py), our flags with values
+of the right type (tests/test_config.py).
 """
 
 import ast
