@@ -9,7 +9,7 @@ the layers; NAME/figure.png of what is not about an optimum. The tables stand in
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from evidence import QUICK, TABLES, known, names, tables
@@ -40,13 +40,17 @@ def named(key: Key, measured: Measured) -> str:
     return f"proxy, {width}" if key == measured.keys[0] else f"proxy of {rule}, {width}"
 
 
+def line(measured: Measured, key: Key, x: Sequence[float], y: Sequence[float], marker: str = "") -> Line:
+    """Return the line of a width and rule, with its name and as it looks in every picture."""
+    return Line(named(key, measured), x, y, marker=marker, color=measured.color(key), dashes=measured.dashes(key))
+
+
 def over_time(measured: Measured, column: str) -> Callable[..., None]:
     """Return what draws a quantity of every width and rule over the iterations."""
     lines = []
     for key in measured.keys:
         if values := measured.median(key, column):
-            x, y, color, dashes = tuple(values), tuple(values.values()), measured.color(key), measured.dashes(key)
-            lines.append(Line(named(key, measured), x, y, color=color, dashes=dashes))
+            lines.append(line(measured, key, tuple(values), tuple(values.values())))
     return partial(draw_lines, lines=lines, log=True)
 
 
@@ -55,13 +59,11 @@ def over_proxy(measured: Measured, column: str, predicted: dict[Key, list[float]
     lines = []
     for key in (key for key in measured.keys if key[0] != measured.narrow):
         values = measured.over_proxy(key, column)
-        color = measured.color(key)
-        x, y, dashes = tuple(values), tuple(values.values()), measured.dashes(key)
-        lines.append(Line(named(key, measured), x, y, color=color, dashes=dashes))
+        lines.append(line(measured, key, tuple(values), tuple(values.values())))
         if key in predicted:
             base = predicted[measured.proxy_of(key)]
             told = [predicted[key][i - 1] / base[i - 1] for i in values]
-            lines.append(Line("", tuple(values), told, dashes=":", color=color))
+            lines.append(Line("", tuple(values), told, dashes=":", color=measured.color(key)))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)])
 
 
@@ -83,8 +85,7 @@ def half_way(measured: Measured) -> Callable[..., None]:
     lines = []
     for key in measured.keys:
         values = list(measured.layers_half_way(key, "alignment_ratio").values())
-        places, color, dashes = range(1, len(values) + 1), measured.color(key), measured.dashes(key)
-        lines.append(Line(named(key, measured), places, values, marker="o", color=color, dashes=dashes))
+        lines.append(line(measured, key, range(1, len(values) + 1), values, marker="o"))
     return partial(draw_lines, lines=lines, log=True, references=[("1", 1.0)], x_label="matrix, in the model's order")
 
 

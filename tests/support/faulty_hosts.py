@@ -28,8 +28,8 @@ def exchange(peer):
     return peer.recv(1)
 """, "torch/distributed/stand_in.py", "exec"))
 
-def loop():
-    while True: pass  # in one line, as a stack may be taken in any
+def loop():  # in one line, as a stack may be taken in any
+    while True: pass
 
 def hang(step):
     """Hang as asked for, in the first start only; or be slow."""
